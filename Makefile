@@ -1,0 +1,46 @@
+# `make up` serves a model, `make test` proves it; both build .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.PHONY: venv up test check format bench docker-test gpu-test clean
+
+venv: $(STAMP)
+
+# torch first and pinned: a looser request from another package would fetch a different build of it.
+$(STAMP): pyproject.toml requirements/constraints.txt
+	@echo "mell: building $(VENV) (a few minutes the first time)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mell needs Python 3.11 or newer: run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[all,dev]'
+	@touch $@
+
+up: venv
+	$(BIN)/mell up $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv
+	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks
+
+docker-test: venv
+	$(BIN)/python -m pytest -m docker $(ARGS) tests
+
+gpu-test: venv
+	$(BIN)/python -m pytest -m gpu $(ARGS) tests
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""The `mell` command: composes the services, and talks to a running stack."""
