@@ -1,0 +1,41 @@
+"""Messages to bytes and back: msgpack on the wire, validated once by pydantic at the door."""
+
+from typing import Literal, TypeVar
+
+import msgpack
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+M = TypeVar("M")
+
+
+class InvalidMessageError(ValueError):
+    """The bytes are no message of the expected union; says where and why, without the content."""
+
+
+def encode(message: BaseModel) -> bytes:
+    """Return `message` as msgpack."""
+    packed: bytes = msgpack.packb(message.model_dump(), use_bin_type=True)
+    return packed
+
+
+def decode(adapter: TypeAdapter[M], data: bytes, *, unknown_fields: Literal["ignore", "forbid"] = "ignore") -> M:
+    """Return the message in `data`.
+
+    Raises `InvalidMessageError` for anything else, however malformed.
+    """
+    try:
+        value = msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise InvalidMessageError(f"not msgpack: {type(error).__name__}") from error
+    try:
+        return adapter.validate_python(value, extra=unknown_fields)
+    except ValidationError as error:
+        raise InvalidMessageError(_summary(error)) from error
+
+
+def _summary(error: ValidationError) -> str:
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    first = faults[0]
+    place = ".".join(str(part) for part in first["loc"]) or "message"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{place}: {first['msg']}{more}"

@@ -1,0 +1,60 @@
+"""What all messages have in common, and the packed integer columns that carry token ids."""
+
+import sys
+from array import array
+from collections.abc import Sized
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, StringConstraints
+
+PROTOCOL_VERSION = 1
+"""Raised when a message changes so that the previous release could not understand it."""
+
+
+class Message(BaseModel):
+    """A value that crosses a process boundary: frozen, validated once at the door.
+
+    Unknown fields are ignored so that this release and the next can run side by side; NaN is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+def pack_uint32(values: list[int]) -> bytes:
+    """Return `values` (each in [0, 2**32)) as little-endian 32-bit words."""
+    words = array("I", values)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+def unpack_uint32(data: Any) -> Any:
+    """Return the integers packed in `data`; anything but bytes is passed on for pydantic to judge."""
+    if not isinstance(data, bytes):
+        return data
+    if len(data) % 4:
+        raise ValueError(f"a packed column holds whole 4-byte words, got {len(data)} bytes")
+    words = array("I", data)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tolist()
+
+
+Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
+Uint32Column = Annotated[
+    list[Uint32],
+    BeforeValidator(unpack_uint32),
+    PlainSerializer(pack_uint32),
+]
+"""Integers in [0, 2**32), packed little-endian on the wire: token ids, indices, generations, counts."""
+
+Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Generation = Annotated[int, Field(ge=1, lt=2**32)]
+"""Which submission or move of a sequence is meant; only its frontend raises it."""
+
+
+def require_equal_lengths(**columns: Sized) -> None:
+    """Raise `ValueError` unless all columns of one table have as many rows as the first."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of unequal length: {lengths}")

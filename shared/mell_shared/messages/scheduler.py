@@ -1,0 +1,147 @@
+"""Messages that a scheduler receives, and its replies."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32Column, require_equal_lengths
+from mell_shared.messages.sampling import FinishReason
+
+
+class PlaceRequest(Message):
+    """A frontend asks where a sequence should run; idempotent by (sequence, generation), never the prompt itself.
+
+    `max_output_tokens` None means as many as fit. `waited_s` rebuilds the queue's order after a failover.
+    `excluded` names workers that refused or lost this sequence just now.
+    """
+
+    kind: Literal["place"] = "place"
+    sequence: Id
+    generation: Generation
+    frontend: Id
+    model: Id
+    prompt_tokens: int = Field(ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    priority: int = 0
+    waited_s: float = Field(default=0.0, ge=0)
+    excluded: tuple[Id, ...] = ()
+
+
+class Placed(Message):
+    """Submit to `worker`; prompt and output together may reach `max_total_tokens` there."""
+
+    kind: Literal["placed"] = "placed"
+    worker: Id
+    max_total_tokens: int = Field(ge=1)
+
+
+class Queued(Message):
+    """No room yet; ask again at once (the scheduler holds the reply for up to `queue_hold_s`)."""
+
+    kind: Literal["queued"] = "queued"
+    position: int = Field(ge=0)
+
+
+RejectReason = Literal["queue_full", "no_worker", "too_large", "unknown_model"]
+
+
+class Rejected(Message):
+    """The sequence cannot be placed. `limit_tokens` says what could be (for `too_large`)."""
+
+    kind: Literal["rejected"] = "rejected"
+    reason: RejectReason
+    message: str
+    retry_after_s: float | None = None
+    limit_tokens: int | None = None
+
+
+PlaceReply = Annotated[Placed | Queued | Rejected, Field(discriminator="kind")]
+
+
+class WorkerSpec(Message):
+    """What a worker is and holds; constant for one incarnation."""
+
+    worker: Id
+    name: str
+    host: str
+    model: Id
+    engine: str
+    device: str
+    protocol: int = PROTOCOL_VERSION
+    kv_layout: str
+    """Digest of all that makes two KV pools interchangeable: model, revision, dtype, block size, layers."""
+    max_model_len: int = Field(ge=1)
+    kv_blocks: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+    max_sequences: int = Field(ge=1)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """The longest sequence this worker can ever hold, in tokens."""
+        return min(self.max_model_len, self.kv_blocks * self.block_tokens)
+
+
+class WorkerJoined(Message):
+    """A worker is ready for work; repeated on `Report`."""
+
+    kind: Literal["worker_joined"] = "worker_joined"
+    spec: WorkerSpec
+
+
+class WorkerReport(Message):
+    """A worker's full state in packed columns, one row per sequence; `number` rises by one each report.
+
+    `blocks` counts a sequence's KV blocks (shared ones counted with every holder), `used_blocks` unique ones.
+    `states`: 0 running, 1 waiting (preempted). `step_us` is the recent mean time of a decode step.
+    """
+
+    kind: Literal["worker_report"] = "worker_report"
+    worker: Id
+    number: int = Field(ge=0)
+    free_blocks: int = Field(ge=0)
+    used_blocks: int = Field(ge=0)
+    draining: bool = False
+    step_us: int = Field(default=0, ge=0)
+    preemptions: int = Field(default=0, ge=0)
+    sequences: tuple[Id, ...] = ()
+    generations: Uint32Column = []
+    tokens: Uint32Column = []
+    """Prompt and output together."""
+    blocks: Uint32Column = []
+    states: Uint32Column = []
+
+    @model_validator(mode="after")
+    def _rows_match(self) -> Self:
+        require_equal_lengths(
+            sequences=self.sequences,
+            generations=self.generations,
+            tokens=self.tokens,
+            blocks=self.blocks,
+            states=self.states,
+        )
+        return self
+
+
+class WorkerLeft(Message):
+    """A worker goes; nothing may be placed there any more."""
+
+    kind: Literal["worker_left"] = "worker_left"
+    worker: Id
+    reason: str
+
+
+class SequenceFinished(Message):
+    """A sequence has ended at a worker and holds nothing there."""
+
+    kind: Literal["sequence_finished"] = "sequence_finished"
+    worker: Id
+    sequence: Id
+    generation: Generation
+    reason: FinishReason
+
+
+SchedulerEvent = Annotated[WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished, Field(discriminator="kind")]
+
+PLACE_REQUEST: TypeAdapter[PlaceRequest] = TypeAdapter(PlaceRequest)
+PLACE_REPLY: TypeAdapter[PlaceReply] = TypeAdapter(PlaceReply)
+SCHEDULER_EVENT: TypeAdapter[SchedulerEvent] = TypeAdapter(SchedulerEvent)

@@ -1,0 +1,95 @@
+"""Commands that a worker receives, and its replies. Idempotent: a repeat gets the first reply."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32, Uint32Column
+from mell_shared.messages.sampling import SamplingParams
+
+
+class Submit(Message):
+    """Run a sequence from `prompt_ids` + `output_ids` (the latter are delivered already; go on after them)."""
+
+    kind: Literal["submit"] = "submit"
+    sequence: Id
+    generation: Generation
+    frontend: Id
+    model: Id
+    prompt_ids: Uint32Column
+    output_ids: Uint32Column = []
+    sampling: SamplingParams
+    priority: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+
+class Cancel(Message):
+    """Stop a sequence and free what it holds; without effect if it is unknown or of another generation."""
+
+    kind: Literal["cancel"] = "cancel"
+    sequence: Id
+    generation: Generation
+
+
+class Resend(Message):
+    """Publish a sequence's tokens again from output index `first_index`; sent to the worker on a gap."""
+
+    kind: Literal["resend"] = "resend"
+    sequence: Id
+    generation: Generation
+    first_index: Uint32
+
+
+class Report(Message):
+    """Announce yourself and your state now; sent by a new leader to all workers, without a reply."""
+
+    kind: Literal["report"] = "report"
+
+
+WorkerCommand = Annotated[Submit | Cancel | Resend | Report, Field(discriminator="kind")]
+
+
+class SubmitAccepted(Message):
+    """The sequence is in the running set; `cached_tokens` of its prompt need no prefill."""
+
+    kind: Literal["submit_accepted"] = "submit_accepted"
+    cached_tokens: int = Field(default=0, ge=0)
+
+
+SubmitRefusal = Literal["no_room", "too_large", "wrong_model", "bad_request", "protocol", "stopping"]
+
+
+class SubmitRefused(Message):
+    """The sequence does not run here. `no_room`, `stopping`: another worker may; else nobody should retry."""
+
+    kind: Literal["submit_refused"] = "submit_refused"
+    reason: SubmitRefusal
+    message: str
+
+
+class CancelDone(Message):
+    """The sequence holds nothing here (any more)."""
+
+    kind: Literal["cancel_done"] = "cancel_done"
+
+
+class ResendDone(Message):
+    """The tokens asked for follow on the frontend's token subject (`known`), or the sequence is not here."""
+
+    kind: Literal["resend_done"] = "resend_done"
+    known: bool
+
+
+class CommandInvalid(Message):
+    """The command could not be read; it was dropped."""
+
+    kind: Literal["command_invalid"] = "command_invalid"
+    message: str
+
+
+WorkerReply = Annotated[
+    SubmitAccepted | SubmitRefused | CancelDone | ResendDone | CommandInvalid, Field(discriminator="kind")
+]
+
+WORKER_COMMAND: TypeAdapter[WorkerCommand] = TypeAdapter(WorkerCommand)
+WORKER_REPLY: TypeAdapter[WorkerReply] = TypeAdapter(WorkerReply)

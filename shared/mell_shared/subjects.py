@@ -1,0 +1,45 @@
+"""The NATS subjects that the services talk on; every other module takes them from here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """Subject names under one prefix, so that several deployments can share a broker.
+
+    Ids must be subject tokens: no dots, spaces or wildcards (`mell_shared.ids` makes such ids).
+    """
+
+    prefix: str = "mell"
+
+    @property
+    def place(self) -> str:
+        """Placement requests; request/reply, frontends to the leading scheduler."""
+        return f"{self.prefix}.scheduler.place"
+
+    @property
+    def scheduler_events(self) -> str:
+        """Workers' joins, reports, ends; published, workers to every scheduler."""
+        return f"{self.prefix}.scheduler.events"
+
+    def worker_commands(self, worker: str) -> str:
+        """Commands for one worker incarnation; request/reply."""
+        return f"{self.prefix}.worker.{worker}.commands"
+
+    @property
+    def all_workers(self) -> str:
+        """Commands for every worker at once (`Report` from a new leader); published."""
+        return f"{self.prefix}.workers"
+
+    def frontend_tokens(self, frontend: str) -> str:
+        """Generated tokens for one frontend; published, one message per engine step."""
+        return f"{self.prefix}.frontend.{frontend}.tokens"
+
+    def frontend_control(self, frontend: str) -> str:
+        """Stream status, claims, evictions for one frontend; request/reply."""
+        return f"{self.prefix}.frontend.{frontend}.control"
+
+    @property
+    def admin_status(self) -> str:
+        """What the leading scheduler knows of the cluster; request/reply."""
+        return f"{self.prefix}.admin.status"
