@@ -23,7 +23,8 @@ class SamplingParams(Message):
     so that sampling resumes anywhere from the ids alone.
     """
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Output limit in tokens; None: until the context or the worker's memory is full."""
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -28,11 +28,10 @@ class PlaceRequest(Message):
 
 
 class Placed(Message):
-    """Submit to `worker`; prompt and output together may reach `max_total_tokens` there."""
+    """Submit to `worker` now; its own allocator has the last word."""
 
     kind: Literal["placed"] = "placed"
     worker: Id
-    max_total_tokens: int = Field(ge=1)
 
 
 class Queued(Message):

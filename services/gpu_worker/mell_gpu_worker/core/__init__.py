@@ -1,0 +1,1 @@
+"""The worker's pure core: blocks, sequences, batching; no torch, no asyncio, no clock."""

@@ -1,0 +1,48 @@
+"""What the core asks of an engine for one step, and what comes back: plain values, nothing kept between steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mell_shared.messages.frontend import TokenLogprobs
+from mell_shared.messages.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One sequence's part of a step: compute the KV of tokens [start, start + count), perhaps sample the next.
+
+    `token_ids` is the prompt and all output so far, read only and valid during the step; the first
+    `prompt_tokens` of them are the prompt. `block_table[i]` is the pool block that holds tokens
+    [i * block_tokens, (i + 1) * block_tokens); it covers at least `start + count` tokens. KV of [0, start) is
+    in the pool already. With `sampling` the logits of the row's last token give the token at output index
+    `start + count - prompt_tokens`; without it (a prefill chunk that does not reach the end) none is sampled.
+    """
+
+    sequence: str
+    token_ids: Sequence[int]
+    prompt_tokens: int
+    start: int
+    count: int
+    block_table: Sequence[int]
+    sampling: SamplingParams | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One row's sampled token; `logprobs` if its parameters ask for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcome of a step: one entry per row, None where nothing was sampled.
+
+    `failed` maps a row to the reason why it cannot go on (a grammar without a way on, logits not finite);
+    the other rows are good. `step_us` is the time the step took inside the engine.
+    """
+
+    sampled: tuple[SampledToken | None, ...]
+    step_us: int
+    failed: dict[int, str] = field(default_factory=dict)

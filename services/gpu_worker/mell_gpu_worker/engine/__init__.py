@@ -1,0 +1,1 @@
+"""Engines behind one port: `torch` (the only place for torch) and `fake` (no weights, says so)."""
