@@ -1,0 +1,178 @@
+"""The policy protocol over a cluster, with two questions left to a rule: where to place, what to move."""
+
+from collections.abc import Collection, Sequence
+from math import ceil
+from typing import Protocol
+
+from mell_scheduler.policy.base import (
+    GpuId,
+    GpuSpec,
+    GpuState,
+    Item,
+    ItemId,
+    Move,
+    PolicySettings,
+    Reason,
+)
+from mell_scheduler.policy.cluster import Cluster
+from mell_scheduler.policy.gpus import GpuRecord
+
+
+class Rule(Protocol):
+    """A policy's preferences over a cluster it may read, and move items in only during `plan`."""
+
+    def choose(self, item: Item, exclude: Collection[GpuId]) -> GpuRecord | None:
+        """A GPU with room for an arrival now; may be a standby one."""
+
+    def plan(self, now_us: int) -> list[Move]:
+        """The epoch's moves, begun on the cluster."""
+
+
+class PackingPolicy:
+    """`base.Policy` for every rule that keeps no state per item of its own."""
+
+    def __init__(self, name: str, cluster: Cluster, rule: Rule) -> None:
+        self.name = name
+        self.cluster = cluster
+        self._rule = rule
+
+    def add_gpu(self, spec: GpuSpec) -> None:
+        """See `base.Policy`."""
+        self.cluster.add_gpu(spec)
+
+    def remove_gpu(self, gpu_id: GpuId) -> list[Item]:
+        """See `base.Policy`."""
+        return [item.as_item() for item in self.cluster.remove_gpu(gpu_id)]
+
+    def drain_gpu(self, gpu_id: GpuId) -> None:
+        """See `base.Policy`."""
+        self._set_state(gpu_id, GpuState.DRAINING)
+
+    def undrain_gpu(self, gpu_id: GpuId) -> None:
+        """See `base.Policy`."""
+        self._set_state(gpu_id, GpuState.STANDBY)
+
+    def _set_state(self, gpu_id: GpuId, state: GpuState) -> None:
+        gpu = self.cluster.gpus[gpu_id]
+        gpu.state = state
+        self.cluster.refresh(gpu)
+
+    def pause_gpu(self, gpu_id: GpuId) -> None:
+        """See `base.Policy`."""
+        self._set_paused(gpu_id, True)
+
+    def resume_gpu(self, gpu_id: GpuId) -> None:
+        """See `base.Policy`."""
+        self._set_paused(gpu_id, False)
+
+    def _set_paused(self, gpu_id: GpuId, paused: bool) -> None:
+        gpu = self.cluster.gpus[gpu_id]
+        gpu.paused = paused
+        self.cluster.refresh(gpu)
+
+    def allocate(self, item: Item, exclude: Collection[GpuId] = ()) -> GpuId | None:
+        """See `base.Policy`."""
+        gpu = self._rule.choose(item, exclude)
+        if gpu is None:
+            return None
+        self.cluster.put(item, gpu)
+        return gpu.gpu_id
+
+    def place(self, item: Item, gpu_id: GpuId) -> None:
+        """See `base.Policy`."""
+        self.cluster.put(item, self.cluster.gpus[gpu_id])
+
+    def depart(self, item_id: ItemId) -> None:
+        """See `base.Policy`."""
+        self.cluster.remove(self.cluster.items[item_id])
+
+    def update(self, item_id: ItemId, size_blocks: int, growth_blocks: int | None = None) -> None:
+        """See `base.Policy`."""
+        item = self.cluster.items[item_id]
+        growth = item.growth if growth_blocks is None else growth_blocks
+        self.cluster.resize(item, size_blocks, growth)
+
+    def update_gpu(self, gpu_id: GpuId, item_ids: Sequence[ItemId], size_blocks: Sequence[int]) -> list[int]:
+        """See `base.Policy`."""
+        return self.cluster.resize_many(self.cluster.gpus[gpu_id], item_ids, size_blocks)
+
+    def set_other_blocks(self, gpu_id: GpuId, blocks: int) -> None:
+        """See `base.Policy`."""
+        gpu = self.cluster.gpus[gpu_id]
+        gpu.other = blocks
+        self.cluster.refresh(gpu)
+
+    def epoch(self, now_us: int) -> list[Move]:
+        """See `base.Policy`."""
+        self.cluster.epoch_number += 1
+        moves = plan_drains(self.cluster, self._rule)
+        moves += self._rule.plan(now_us)
+        return sorted(moves, key=lambda move: move.reason)
+
+    def moved(self, item_id: ItemId) -> None:
+        """See `base.Policy`."""
+        self.cluster.commit_move(self.cluster.items[item_id])
+
+    def failed(self, item_id: ItemId) -> None:
+        """See `base.Policy`."""
+        self.cluster.abort_move(self.cluster.items[item_id])
+
+    def gpu_of(self, item_id: ItemId) -> GpuId | None:
+        """See `base.Policy`."""
+        item = self.cluster.items.get(item_id)
+        return None if item is None else item.at.gpu_id
+
+    def moving_to(self, item_id: ItemId) -> GpuId | None:
+        """See `base.Policy`."""
+        item = self.cluster.items.get(item_id)
+        return None if item is None or item.source is None else item.gpu.gpu_id
+
+    def items_on(self, gpu_id: GpuId) -> list[ItemId]:
+        """See `base.Policy`."""
+        gpu = self.cluster.gpus[gpu_id]
+        return [*(i.item_id for i in gpu.items.values() if i.source is None), *gpu.leaving]
+
+    def gpu_ids(self) -> list[GpuId]:
+        """See `base.Policy`."""
+        return list(self.cluster.gpus)
+
+    def state(self, gpu_id: GpuId) -> GpuState:
+        """See `base.Policy`."""
+        return self.cluster.gpus[gpu_id].state
+
+    def used_blocks(self, gpu_id: GpuId) -> int:
+        """See `base.Policy`."""
+        gpu = self.cluster.gpus[gpu_id]
+        return gpu.used + gpu.other
+
+    def overloaded(self) -> list[GpuId]:
+        """See `base.Policy`."""
+        return [gpu.gpu_id for gpu in self.cluster.overloaded()]
+
+    def gpus_wanted(self, model: str = "", queued_blocks: int = 0) -> int:
+        """See `base.Policy`."""
+        up = self.cluster.active(model)
+        largest = max((g.capacity for g in self.cluster.gpus.values() if g.spec.model == model), default=0)
+        return len(up) + (ceil(queued_blocks / largest) if largest else int(queued_blocks > 0))
+
+    def check(self) -> None:
+        """See `base.Policy`."""
+        self.cluster.check()
+
+
+def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:
+    """Move what draining GPUs hold to where the rule would place it; what finds no room waits."""
+    moves: list[Move] = []
+    for gpu in list(cluster.gpus.values()):
+        if gpu.state is not GpuState.DRAINING:
+            continue
+        for item in [i for i in gpu.items.values() if i.source is None]:
+            target = rule.choose(item.as_item(), ())
+            if target is not None:
+                moves.append(cluster.begin_move(item, target, Reason.DRAIN))
+    return moves
+
+
+def settings_cluster(settings: PolicySettings) -> Cluster:
+    """An empty cluster for these settings."""
+    return Cluster(settings.hold_both_ends)
