@@ -4,16 +4,29 @@ from collections.abc import Callable
 
 from mell_scheduler.policy.base import Policy, PolicySettings
 from mell_scheduler.policy.best_fit import BestFit
-from mell_scheduler.policy.packing import PackingPolicy, settings_cluster
+from mell_scheduler.policy.cluster import Cluster
+from mell_scheduler.policy.first_fit import FirstFit, RoundRobin
+from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
+from mell_scheduler.policy.worst_fit import WorstFit
+
+_Builder = Callable[[PolicySettings], Policy]
 
 
-def _best_fit(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("best-fit", cluster, BestFit(cluster, settings.head_room))
+def _fit(name: str, rule: Callable[[Cluster, float], Rule]) -> _Builder:
+    """A baseline without migration, made from its way of choosing a GPU."""
+
+    def build(settings: PolicySettings) -> Policy:
+        cluster = settings_cluster(settings)
+        return PackingPolicy(name, cluster, rule(cluster, settings.head_room))
+
+    return build
 
 
-_BUILDERS: dict[str, Callable[[PolicySettings], Policy]] = {
-    "best-fit": _best_fit,
+_BUILDERS: dict[str, _Builder] = {
+    "best-fit": _fit("best-fit", BestFit),
+    "worst-fit": _fit("worst-fit", WorstFit),
+    "first-fit": _fit("first-fit", FirstFit),
+    "round-robin": _fit("round-robin", RoundRobin),
 }
 
 POLICY_NAMES: tuple[str, ...] = tuple(_BUILDERS)

@@ -1,0 +1,1 @@
+"""Simulator: replays a trace against policies and counts GPUs, moves and latency. No torch, no numpy."""

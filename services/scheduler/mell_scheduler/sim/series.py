@@ -1,0 +1,57 @@
+"""What a run records second by second, and the figures that the report takes from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Series:
+    """One value per sample; counts are of what happened since the sample before."""
+
+    time_s: list[float] = field(default_factory=list)
+    gpus: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    moves: list[int] = field(default_factory=list)
+    moved_tokens: list[int] = field(default_factory=list)
+    preemptions: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts since the last sample."""
+
+    moves: int = 0
+    moved_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of a run that means are taken over, in seconds: from `warmup_s` up to `until_s`."""
+
+    warmup_s: float
+    until_s: float
+
+
+def windowed(series: Series, window: Window) -> Series:
+    """The samples with warmup_s <= time < until_s."""
+    inside = [i for i, t in enumerate(series.time_s) if window.warmup_s <= t < window.until_s]
+    first, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
+    return Series(
+        series.time_s[first:end],
+        series.gpus[first:end],
+        series.tokens[first:end],
+        series.moves[first:end],
+        series.moved_tokens[first:end],
+        series.preemptions[first:end],
+        series.waiting[first:end],
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value with at least `share` of all at or below it; 0 if there are none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
