@@ -1,6 +1,27 @@
 """The NATS subjects that the services talk on; every other module takes them from here."""
 
+import re
 from dataclasses import dataclass
+
+from mell_shared.bus import InvalidSubjectError
+
+_NAME = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+_PATTERN = re.compile(r"(\*|[^\s.*>]+)(\.(\*|[^\s.*>]+))*(\.>)?|>")
+
+
+def check_subject(subject: str) -> None:
+    """Raise `InvalidSubjectError` unless one can publish on `subject`.
+
+    It must be tokens without space or wildcard, joined by dots. Ids in it come from peers, so this is no assertion.
+    """
+    if not _NAME.fullmatch(subject):
+        raise InvalidSubjectError(f"{subject!r} is no subject")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise `InvalidSubjectError` unless one can subscribe to `pattern`: a subject, or with `*`, or ending in `>`."""
+    if not _PATTERN.fullmatch(pattern):
+        raise InvalidSubjectError(f"{pattern!r} is no subject and no pattern of one")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,243 @@
+"""The bus on NATS; the only module that imports nats-py, and the one that knows where its behaviour must be bent."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Self
+from urllib.parse import urlsplit, urlunsplit
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.errors import (
+    ConnectionClosedError,
+    ConnectionDrainingError,
+    Error,
+    FlushTimeoutError,
+    MaxPayloadError,
+    NoRespondersError,
+    OutboundBufferLimitError,
+    SlowConsumerError,
+)
+from nats.errors import TimeoutError as NatsTimeoutError
+
+from mell_shared.bus import (
+    BrokerUnreachableError,
+    BusClosedError,
+    BusError,
+    BusStats,
+    Delivery,
+    Handler,
+    NoResponderError,
+    PayloadTooLargeError,
+    RequestTimeoutError,
+)
+from mell_shared.deliveries import Consumer, Deliveries
+from mell_shared.subjects import check_pattern, check_subject
+
+_PING_INTERVAL_S = 2
+_OUTSTANDING_PINGS = 2
+_RECONNECT_WAIT_S = 0.25
+_FLUSH_TIMEOUT_S = 2.0
+_MAX_UNSENT_BYTES = 32 * 2**20
+"""Beyond this a publisher waits for the socket; a broker that takes nothing is given up after three pings."""
+_CLOSE_TIMEOUT_S = 2.0
+
+
+class NatsBus:
+    """A `Bus` on a NATS server; made by `connect`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client = Client()
+        self._deliveries = Deliveries()
+        self._closing = False
+
+    @classmethod
+    async def connect(cls, url: str, *, name: str = "mell", timeout_s: float = 5.0) -> Self:
+        """Return a connection to the server at `url` (`nats://user:password@host:port`), named `name` there.
+
+        Tries for `timeout_s`, then raises `BrokerUnreachableError` with one line that says what to do. Once connected it
+        reconnects for ever.
+        """
+        bus = cls(url)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await bus._open(name)
+        except TimeoutError as error:
+            reason = bus._client.last_error
+            await bus.close()
+            raise BrokerUnreachableError(_unreachable(url, reason)) from error
+        except Error as error:
+            await bus.close()
+            raise BrokerUnreachableError(_unreachable(url, error)) from error
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is up now."""
+        return self._client.is_connected and not self._deliveries.ended
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message the connected server takes, in bytes."""
+        return self._client.max_payload
+
+    @property
+    def stats(self) -> BusStats:
+        """Counts since start."""
+        return self._deliveries.stats
+
+    async def watch(self) -> None:
+        """Return when the bus is closed; raise what a handler raised, or `BusClosedError`."""
+        await self._deliveries.watch()
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after each time the connection is up again."""
+        self._deliveries.on_reconnect(callback)
+
+    async def publish(self, subject: str, data: bytes, reply_to: str = "") -> None:
+        """Send and forget; raises as `Bus.publish` does."""
+        self._check_connected()
+        check_subject(subject)
+        try:
+            await self._client.publish(subject, data, reply_to)
+        except Error as error:
+            raise self._translated(error, subject, data) from error
+
+    async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
+        """Send and wait for one reply; raises as `Bus.request` does."""
+        self._check_connected()
+        check_subject(subject)
+        try:
+            reply = await self._client.request(subject, data, timeout_s)
+        except NatsTimeoutError as error:
+            raise RequestTimeoutError(f"no reply on {subject} within {timeout_s} s") from error
+        except Error as error:
+            raise self._translated(error, subject, data) from error
+        return reply.data
+
+    async def subscribe(
+        self, subject: str, handler: Handler, *, queue: str = "", max_pending: int = 65_536
+    ) -> "_Subscription":
+        """Deliver `subject` to `handler`; raises as `Bus.subscribe` does."""
+        self._check_connected()
+        check_pattern(subject)
+        consumer = self._deliveries.consume(handler, max_pending)
+
+        async def take(message: Msg) -> None:
+            consumer.offer(Delivery(message.subject, message.data, message.reply))
+
+        try:
+            inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=max_pending)
+        except Error as error:
+            consumer.stop()
+            raise self._translated(error, subject, b"") from error
+        await self.flush()
+        return _Subscription(inner, consumer)
+
+    async def flush(self, timeout_s: float = 5.0) -> None:
+        """Return when the broker has seen all that was sent; raises as `Bus.flush` does."""
+        self._check_connected()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._client.flush()
+        except (FlushTimeoutError, TimeoutError) as error:
+            raise RequestTimeoutError(f"the broker did not answer within {timeout_s} s") from error
+        except Error as error:
+            raise self._translated(error, "", b"") from error
+
+    async def close(self) -> None:
+        """Flush what can be flushed and disconnect; safe to repeat. Raises a handler's failure nobody watched for."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                if self.connected:
+                    await self._client.flush()
+                await self._client.close()
+        except (TimeoutError, OSError, Error) as error:
+            self._count(error)
+        await self._deliveries.close()
+
+    async def _open(self, name: str) -> None:
+        await self._client.connect(
+            self._url,
+            name=name,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+            connect_timeout=2,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=_RECONNECT_WAIT_S,  # type: ignore[arg-type] # only ever slept for
+            ping_interval=_PING_INTERVAL_S,
+            max_outstanding_pings=_OUTSTANDING_PINGS,
+            pending_size=_MAX_UNSENT_BYTES,
+            flush_timeout=_FLUSH_TIMEOUT_S,
+            skip_subject_validation=True,  # `check_subject` is stricter
+        )
+
+    async def _on_error(self, error: Exception) -> None:
+        # Must not raise: nats-py's read loop would end without a word.
+        self._count(error)
+        if isinstance(error, SlowConsumerError):
+            self.stats.dropped += 1
+
+    async def _on_disconnected(self) -> None:
+        # nats-py would send what it had accepted but not yet written after the reconnection, however late.
+        self._client._pending.clear()
+        self._client._pending_data_size = 0
+
+    async def _on_reconnected(self) -> None:
+        self._deliveries.reconnected()
+
+    async def _on_closed(self) -> None:
+        if not self._closing:
+            reason = self._client.last_error
+            self._deliveries.fail(BusClosedError(f"the broker shut this client out: {reason}"))
+
+    def _count(self, error: BaseException) -> None:
+        name = type(error).__name__
+        self.stats.errors[name] = self.stats.errors.get(name, 0) + 1
+
+    def _check_connected(self) -> None:
+        if not self.connected:
+            raise BusClosedError(f"the connection to the broker at {_without_password(self._url)} is down")
+
+    def _translated(self, error: Error, subject: str, data: bytes) -> BusError:
+        match error:
+            case NoRespondersError():
+                return NoResponderError(f"nobody listens on {subject}")
+            case MaxPayloadError():
+                return PayloadTooLargeError(len(data), self.max_payload)
+            case ConnectionClosedError() | ConnectionDrainingError() | OutboundBufferLimitError():
+                return BusClosedError(f"the connection to the broker is down: {error}")
+        return BusError(str(error))
+
+
+class _Subscription:
+    """A standing interest in a subject."""
+
+    def __init__(self, inner: NatsSubscription, consumer: Consumer) -> None:
+        self._inner = inner
+        self._consumer = consumer
+
+    async def unsubscribe(self) -> None:
+        """Stop deliveries; safe to repeat, also on a closed bus."""
+        self._consumer.stop()
+        try:
+            await self._inner.unsubscribe()
+        except Error:
+            return  # closed or unsubscribed before: nothing is delivered any more
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _unreachable(url: str, reason: BaseException | None) -> str:
+    told = str(reason or "no answer").removeprefix("nats: ")
+    return (
+        f"cannot use the message broker at {_without_password(url)} ({told}); "
+        "start nats-server there or set MELL_NATS_URL (--nats-url)"
+    )

@@ -1,0 +1,71 @@
+"""The life of a service process: its event loop, the signals that stop it, its exit code, its parent's death."""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+from mell_shared.bus import BrokerUnreachableError
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StartError(Exception):
+    """The service cannot start; the message is one line that says what to do."""
+
+
+ServiceMain = Callable[[asyncio.Event], Awaitable[None]]
+"""A service's life: returns after a clean stop, which it begins when the event is set."""
+
+
+def run_service(main: ServiceMain) -> None:
+    """Run `main` until it returns, SIGTERM or SIGINT setting its event; a second signal ends the process at once.
+
+    Exits 0 after a clean stop, 1 with one line on stderr for a `StartError` or an unreachable broker; any other
+    exception is a bug and propagates.
+    """
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_until_stopped(main))
+    except (StartError, BrokerUnreachableError) as error:
+        sys.stderr.write(f"mell: {error}\n")
+        raise SystemExit(1) from error
+
+
+async def _until_stopped(main: ServiceMain) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await main(stop)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+def death_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return a `preexec_fn` that sends the child `number` when the thread that started it ends; None off Linux."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(number))
+        if os.getppid() != parent:
+            os._exit(1)  # the parent died before the call
+
+    return arm

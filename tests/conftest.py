@@ -1,0 +1,33 @@
+"""Fixtures for every area: a real broker for the session, and buses that are closed when their test ends."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+
+from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_server import NatsServer
+
+BusFactory = Callable[[], Awaitable[NatsBus]]
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A real nats-server on a free loopback port, for the whole session; tests must not stop it."""
+    with NatsServer(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def connect_bus(nats_server: NatsServer) -> AsyncIterator[BusFactory]:
+    """Make connections to the session's server; they are closed, and their handlers' failures raised, at the end."""
+    buses: list[NatsBus] = []
+
+    async def connect() -> NatsBus:
+        bus = await NatsBus.connect(nats_server.url, name="test")
+        buses.append(bus)
+        return bus
+
+    yield connect
+    for bus in buses:
+        await bus.close()
