@@ -7,6 +7,7 @@ from mell_scheduler.policy.best_fit import BestFit
 from mell_scheduler.policy.cluster import Cluster
 from mell_scheduler.policy.first_fit import FirstFit, RoundRobin
 from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
+from mell_scheduler.policy.repack import Repack
 from mell_scheduler.policy.worst_fit import WorstFit
 
 _Builder = Callable[[PolicySettings], Policy]
@@ -22,7 +23,13 @@ def _fit(name: str, rule: Callable[[Cluster, float], Rule]) -> _Builder:
     return build
 
 
+def _repack(settings: PolicySettings) -> Policy:
+    cluster = settings_cluster(settings)
+    return PackingPolicy("repack", cluster, Repack(cluster, settings))
+
+
 _BUILDERS: dict[str, _Builder] = {
+    "repack": _repack,
     "best-fit": _fit("best-fit", BestFit),
     "worst-fit": _fit("worst-fit", WorstFit),
     "first-fit": _fit("first-fit", FirstFit),

@@ -97,12 +97,22 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class RepackSettings:
-    """The cost-aware default policy's trade between GPUs and moves; fractions are of a GPU's capacity."""
+    """The cost-aware default policy's trade between GPUs and moves; shares are of a GPU's capacity."""
 
-    period_us: int = 8_000_000
-    """Time between two attempts to empty a GPU, for a cluster of any size."""
-    fill: float = 1.0
-    """Targets of a consolidation are filled up to this."""
+    head_room: float = 0.035
+    """What arrivals and overflow leave free where they can: the dial between GPUs and moves."""
+    price: float = 0.6
+    """Most blocks moved to save a GPU."""
+    target_head_room: float = 0.01
+    """What a consolidation leaves free at its targets."""
+    move_cost: float = 0.03
+    """The fixed cost of a move, whatever its size."""
+    candidates: int = 8
+    """GPUs that an epoch tries to empty, besides one for each 32 in use."""
+    room_tries: int = 8
+    """GPUs looked at to make room for an item that fits nowhere."""
+    period_us: int = 0
+    """Least time between two consolidations; 0: every epoch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, ItemId, M
 from mell_scheduler.policy.free_index import FreeIndex
 from mell_scheduler.policy.gpus import GpuRecord, ItemState
 
+_LONGEST_BACKOFF = 6
+"""Doublings of the rest after failed moves: at most 64 epochs."""
+
 Pool = tuple[str, int]
 """GPUs that can stand for one another: model and capacity."""
 
@@ -17,8 +20,9 @@ Pool = tuple[str, int]
 class Cluster:
     """All GPUs and items. `hold_both_ends`: a moving item is charged at its source too."""
 
-    def __init__(self, hold_both_ends: bool = True) -> None:
+    def __init__(self, hold_both_ends: bool = True, cooldown_epochs: int = 0) -> None:
         self.hold_both_ends = hold_both_ends
+        self._cooldown_epochs = cooldown_epochs
         self.gpus: dict[GpuId, GpuRecord] = {}
         self.items: dict[ItemId, ItemState] = {}
         self.epoch_number = 0
@@ -167,6 +171,7 @@ class Cluster:
         assert source is not None, f"item {item.item_id} is not moving"
         source.end_leaving(item)
         item.source = None
+        item.failures = 0
         self.refresh(source)
 
     def abort_move(self, item: ItemState) -> None:
@@ -176,9 +181,20 @@ class Cluster:
         target.discard(item)
         source.end_leaving(item)
         item.source, item.gpu = None, source
+        item.rest_until_epoch = self.epoch_number + (1 << min(item.failures, _LONGEST_BACKOFF))
+        item.failures += 1
         source.add(item)
         self.refresh(target)
         self.refresh(source)
+
+    def may_move(self, item: ItemState) -> bool:
+        """Not moving already, nor backing off after a failed move."""
+        return item.source is None and item.rest_until_epoch <= self.epoch_number
+
+    def may_move_rested(self, item: ItemState) -> bool:
+        """May move for less than an overload or a drain: its rest since the last move is over."""
+        rested = self.epoch_number - item.moved_epoch > self._cooldown_epochs
+        return rested and self.may_move(item)
 
     # --- searches
 
@@ -217,6 +233,14 @@ class Cluster:
         """Active or draining GPUs, in order of arrival."""
         states = (GpuState.ACTIVE, GpuState.DRAINING)
         return [g for g in self.gpus.values() if g.state in states and model in (None, g.spec.model)]
+
+    def at_slot(self, slot: int) -> GpuRecord:
+        """The GPU of a slot that an index named."""
+        return self._by_slot[slot]
+
+    def models(self) -> list[str]:
+        """Models served, in order of arrival."""
+        return list(dict.fromkeys(model for model, _ in self._active))
 
     def _pool(self, gpu: GpuRecord) -> Pool:
         return gpu.spec.model, gpu.capacity

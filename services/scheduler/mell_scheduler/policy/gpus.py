@@ -10,16 +10,18 @@ class ItemState:
     """A packed item: `gpu` is where it is meant to be, `source` where it still is while moving."""
 
     __slots__ = (
+        "failures",
         "gpu",
         "growth",
         "held",
         "item_id",
         "model",
         "moved_epoch",
+        "rest_until_epoch",
         "seq",
         "size",
         "source",
-    )  # fmt: skip
+    )
 
     def __init__(self, item: Item, gpu: "GpuRecord", seq: int) -> None:
         self.item_id: ItemId = item.item_id
@@ -32,6 +34,9 @@ class ItemState:
         """While moving: its memory is charged at the source too."""
         self.seq = seq
         self.moved_epoch = -(1 << 60)
+        self.failures = 0
+        self.rest_until_epoch = 0
+        """No move before this epoch: the last one failed."""
 
     @property
     def planned(self) -> int:
@@ -52,9 +57,20 @@ class GpuRecord:
     """A GPU: `items` are meant to be here (incoming ones included), `leaving` are on their way out."""
 
     __slots__ = (
-        "activated", "capacity", "count", "gpu_id", "indexed_free", "items", "leaving", "other", "paused",
-        "slot", "spec", "state", "used",
-    )  # fmt: skip
+        "activated",
+        "capacity",
+        "count",
+        "gpu_id",
+        "indexed_free",
+        "items",
+        "leaving",
+        "other",
+        "paused",
+        "slot",
+        "spec",
+        "state",
+        "used",
+    )
 
     def __init__(self, spec: GpuSpec, slot: int) -> None:
         self.spec = spec
@@ -94,6 +110,19 @@ class GpuRecord:
     def over(self) -> bool:
         """Charged above either capacity."""
         return self.memory_free < 0 or (self.spec.step is not None and self._step_over_ns() > 0)
+
+    @property
+    def over_after_moves(self) -> int:
+        """Blocks that must still leave to end an overload, once all that is leaving has left."""
+        if not self.over:
+            return 0
+        leaving = sum(item.planned for item in self.leaving.values() if item.held)
+        return max(0, -self.free - leaving)
+
+    @property
+    def state_is_settled(self) -> bool:
+        """In use, with nothing coming or leaving."""
+        return not self.leaving and all(item.source is None for item in self.items.values())
 
     def _step_over_ns(self) -> int:
         step = self.spec.step

@@ -175,4 +175,4 @@ def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:
 
 def settings_cluster(settings: PolicySettings) -> Cluster:
     """An empty cluster for these settings."""
-    return Cluster(settings.hold_both_ends)
+    return Cluster(settings.hold_both_ends, settings.cooldown_epochs)

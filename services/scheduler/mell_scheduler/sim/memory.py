@@ -62,6 +62,8 @@ class MemoryRun:
         self._epoch_ticks = max(1, round(settings.epoch_s * US_PER_S / self.tick_us))
         self._rate = settings.decode_tokens_per_s * self.tick_us / US_PER_S
         self._move_ticks = ceil(settings.move_s * US_PER_S / self.tick_us)
+        self._growth = ceil(self._rate) if self._move_ticks else 0
+        """Predicted growth while a move is under way; with instant moves the epoch cures what has grown."""
         self._gpus: dict[GpuId, _Gpu] = {}
         self._busy: dict[GpuId, _Gpu] = {}
         self._running: dict[ItemId, _Sequence] = {}
@@ -182,14 +184,14 @@ class MemoryRun:
         self._record("preempt", item=sequence.item_id, source=gpu.gpu_id)
         self._take_off(sequence)
         self._driver.finished(sequence.item_id, self._now_us)
-        target = self._decide(Item(sequence.item_id, self._size(sequence)))
+        target = self._decide(self._item(sequence.item_id, self._size(sequence)))
         assert target is not None, "a preempted request found no GPU: raise max_gpus"
         self._put_on(sequence, self._gpus[target])
 
     def _admit(self) -> None:
         while self._waiting:
             item_id, request = self._waiting[0]
-            gpu_id = self._decide(Item(item_id, request.prompt_tokens))
+            gpu_id = self._decide(self._item(item_id, request.prompt_tokens))
             if gpu_id is None:
                 return
             self._waiting.popleft()
@@ -207,6 +209,10 @@ class MemoryRun:
         if gpu_id is None and self._add_gpu():
             gpu_id = self._driver.arrived(item, self._now_us)
         return gpu_id
+
+    def _item(self, item_id: ItemId, tokens: int) -> Item:
+        growth = min(self._growth, self._settings.capacity_tokens - tokens)
+        return Item(item_id, tokens, growth_blocks=growth)
 
     def _sample(self) -> None:
         series, tally = self.series, self._tally

@@ -1,0 +1,60 @@
+"""Ends overloads: of a GPU above a capacity, the cheapest items whose leaving cures it are moved.
+
+Used by every policy that migrates. Only into memory that is free now.
+"""
+
+from collections.abc import Callable, Iterator
+
+from mell_scheduler.policy.base import Move, Reason
+from mell_scheduler.policy.cluster import Cluster
+from mell_scheduler.policy.gpus import GpuRecord, ItemState
+
+FindTarget = Callable[[ItemState, GpuRecord], GpuRecord | None]
+"""(item, its GPU) -> a GPU in use with room for it now."""
+
+
+class Relief:
+    """Cost of moving an item: (size + c) / (slack gained, up to `slack` of capacity, + c).
+
+    `move_cost` (c, a share of capacity) is the fixed cost of any move, in memory's terms; with it a
+    greater item may be the cheaper one, for its leaving ends the overload for longer.
+    """
+
+    def __init__(self, cluster: Cluster, find: FindTarget, move_cost: float, slack: float) -> None:
+        self._cluster = cluster
+        self._find = find
+        self._move_cost = move_cost
+        self._slack = slack
+
+    def moves(self) -> Iterator[Move]:
+        """Relieve every overloaded GPU as far as there is room, in order of GPUs' arrival."""
+        for gpu in self._cluster.overloaded():
+            while gpu.over_after_moves > 0:
+                move = self._next_move(gpu)
+                if move is None:
+                    break
+                yield move
+
+    def _next_move(self, gpu: GpuRecord) -> Move | None:
+        """One move that cures, into a GPU in use; else several that do; else one to a standby GPU."""
+        movable = [i for i in gpu.items.values() if self._cluster.may_move(i)]
+        movable.sort(key=lambda item: self._cost(item, gpu))
+        curing = [i for i in movable if i.planned >= gpu.over_after_moves]
+        for item in [*curing, *sorted((i for i in movable if i not in curing), key=_size)]:
+            target = self._find(item, gpu)
+            if target is not None:
+                return self._cluster.begin_move(item, target, Reason.OVERLOAD)
+        for item in curing or sorted(movable, key=_size, reverse=True):
+            target = self._cluster.standby_for(item.model, item.planned)
+            if target is not None:
+                return self._cluster.begin_move(item, target, Reason.OVERLOAD)
+        return None
+
+    def _cost(self, item: ItemState, gpu: GpuRecord) -> float:
+        fixed = self._move_cost * gpu.capacity + 1.0
+        gained = min(item.planned - gpu.over_after_moves, self._slack * gpu.capacity)
+        return (item.planned + fixed) / (max(gained, 0.0) + fixed)
+
+
+def _size(item: ItemState) -> int:
+    return item.planned
