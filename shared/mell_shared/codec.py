@@ -26,11 +26,11 @@ def decode(adapter: TypeAdapter[M], data: bytes, *, unknown_fields: Literal["ign
     try:
         value = msgpack.unpackb(data, raw=False, strict_map_key=False)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise InvalidMessageError(f"not msgpack: {type(error).__name__}") from error
+        raise InvalidMessageError(f"not msgpack: {type(error).__name__}") from None
     try:
         return adapter.validate_python(value, extra=unknown_fields)
     except ValidationError as error:
-        raise InvalidMessageError(_summary(error)) from error
+        raise InvalidMessageError(_summary(error)) from None  # the cause quotes the content
 
 
 def _summary(error: ValidationError) -> str:

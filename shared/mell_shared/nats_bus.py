@@ -56,8 +56,8 @@ class NatsBus:
     async def connect(cls, url: str, *, name: str = "mell", timeout_s: float = 5.0) -> Self:
         """Return a connection to the server at `url` (`nats://user:password@host:port`), named `name` there.
 
-        Tries for `timeout_s`, then raises `BrokerUnreachableError` with one line that says what to do. Once connected it
-        reconnects for ever.
+        Tries for `timeout_s`, then raises `BrokerUnreachableError` with one line that says what to do. Once connected
+        it reconnects for ever.
         """
         bus = cls(url)
         try:
