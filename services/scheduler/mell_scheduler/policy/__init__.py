@@ -6,6 +6,7 @@ from mell_scheduler.policy.base import Policy, PolicySettings
 from mell_scheduler.policy.best_fit import BestFit
 from mell_scheduler.policy.cluster import Cluster
 from mell_scheduler.policy.first_fit import FirstFit, RoundRobin
+from mell_scheduler.policy.load_balance import LoadBalance, LoadBalanceDrain
 from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
 from mell_scheduler.policy.repack import Repack
 from mell_scheduler.policy.worst_fit import WorstFit
@@ -28,8 +29,20 @@ def _repack(settings: PolicySettings) -> Policy:
     return PackingPolicy("repack", cluster, Repack(cluster, settings))
 
 
+def _load_balance(settings: PolicySettings) -> Policy:
+    cluster = settings_cluster(settings)
+    return PackingPolicy("load-balance", cluster, LoadBalance(cluster, settings))
+
+
+def _load_balance_drain(settings: PolicySettings) -> Policy:
+    cluster = settings_cluster(settings)
+    return PackingPolicy("load-balance-drain", cluster, LoadBalanceDrain(cluster, settings))
+
+
 _BUILDERS: dict[str, _Builder] = {
     "repack": _repack,
+    "load-balance-drain": _load_balance_drain,
+    "load-balance": _load_balance,
     "best-fit": _fit("best-fit", BestFit),
     "worst-fit": _fit("worst-fit", WorstFit),
     "first-fit": _fit("first-fit", FirstFit),

@@ -99,17 +99,17 @@ class Move:
 class RepackSettings:
     """The cost-aware default policy's trade between GPUs and moves; shares are of a GPU's capacity."""
 
-    head_room: float = 0.035
+    head_room: float = 0.032
     """What arrivals and overflow leave free where they can: the dial between GPUs and moves."""
     price: float = 0.6
     """Most blocks moved to save a GPU."""
-    target_head_room: float = 0.01
+    target_head_room: float = 0.03
     """What a consolidation leaves free at its targets."""
     move_cost: float = 0.03
     """The fixed cost of a move, whatever its size."""
-    candidates: int = 8
+    candidates: int = 4
     """GPUs that an epoch tries to empty, besides one for each 32 in use."""
-    room_tries: int = 8
+    room_tries: int = 4
     """GPUs looked at to make room for an item that fits nowhere."""
     period_us: int = 0
     """Least time between two consolidations; 0: every epoch."""
@@ -117,14 +117,14 @@ class RepackSettings:
 
 @dataclass(frozen=True, slots=True)
 class BalanceSettings:
-    """Thresholds of the load-balancing baselines; fractions are of a GPU's capacity."""
+    """Thresholds of the load-balancing baselines; shares are of a GPU's capacity."""
 
     high: float = 0.95
-    """A GPU above this sends items to the least loaded one."""
-    gap: float = 0.3
-    """Least difference of load between source and target for a balancing move."""
+    """A GPU filled above this sends an item to the least loaded one."""
+    gap: float = 0.1
+    """Least difference in fill between source and target."""
     drain_below: float = 0.95
-    """load-balance-drain empties a GPU when the rest stays at or below this."""
+    """load-balance-drain empties a GPU when the others stay at or below this on average."""
     drain_period_us: int = 1_000_000
 
 
@@ -225,6 +225,9 @@ class Policy(Protocol):
 
     def gpu_ids(self) -> list[GpuId]:
         """All GPUs, in order of arrival."""
+
+    def spec(self, gpu_id: GpuId) -> GpuSpec:
+        """What the GPU was added with."""
 
     def state(self, gpu_id: GpuId) -> GpuState:
         """The GPU's state."""

@@ -54,7 +54,7 @@ class Cluster:
         lost = [*gpu.items.values(), *gpu.leaving.values()]
         for item in lost:
             self.remove(item)
-        gpu.state = GpuState.RELEASED
+        gpu.state = GpuState.DRAINING
         self.refresh(gpu)
         self._maybe_over.pop(gpu.slot, None)
         del self.gpus[gpu_id], self._by_slot[gpu.slot]
@@ -87,6 +87,8 @@ class Cluster:
             gpu.state = GpuState.STANDBY
         elif gpu.state is GpuState.DRAINING and gpu.empty:
             gpu.state = GpuState.RELEASED
+        elif gpu.state is GpuState.RELEASED and not gpu.empty:
+            gpu.state = GpuState.DRAINING
 
     def overloaded(self) -> list[GpuRecord]:
         """GPUs over a capacity, in order of arrival."""

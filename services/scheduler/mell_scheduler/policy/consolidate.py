@@ -3,15 +3,12 @@
 A plan is tried on a copy of the free index and begun only when it is whole.
 """
 
-from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mell_scheduler.policy.base import Move, Reason
 from mell_scheduler.policy.cluster import Cluster
 from mell_scheduler.policy.gpus import GpuRecord, ItemState
-
-_SLOT_BITS = 32
-_SLOT_MASK = (1 << _SLOT_BITS) - 1
+from mell_scheduler.policy.trial import Trial, begin, trial_without
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,40 +23,6 @@ class ConsolidationLimits:
     """GPUs tried per epoch, besides one per 32 GPUs in use."""
     room_tries: int
     """GPUs looked at to make room for an item that fits nowhere; 0 where freed memory cannot be reused at once."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    """Free blocks by GPU as they would be, and the moves that make them so."""
-
-    keys: list[int]
-    free: dict[int, int]
-    steps: list[tuple[ItemState, int]] = field(default_factory=list)
-
-    def tightest(self, blocks: int, avoid: int = -1) -> int | None:
-        """The slot of the fullest GPU with room."""
-        for at in range(bisect_left(self.keys, blocks << _SLOT_BITS), len(self.keys)):
-            slot = self.keys[at] & _SLOT_MASK
-            if slot != avoid:
-                return slot
-        return None
-
-    def change(self, slot: int, delta: int) -> None:
-        """Add to a GPU's free blocks."""
-        old = self.free[slot]
-        at = bisect_left(self.keys, (old << _SLOT_BITS) | slot)
-        del self.keys[at]
-        self.free[slot] = old + delta
-        insort(self.keys, ((old + delta) << _SLOT_BITS) | slot)
-
-    def move(self, item: ItemState, slot: int) -> None:
-        """Add a step into `slot`."""
-        self.change(slot, -item.planned)
-        self.steps.append((item, slot))
-
-    def copy(self) -> "_Trial":
-        """A trial that can go on and be thrown away."""
-        return _Trial(list(self.keys), dict(self.free), list(self.steps))
 
 
 class Consolidation:
@@ -79,32 +42,20 @@ class Consolidation:
             if spare < gpu.capacity or gpu.used > self._limits.price * gpu.capacity:
                 break
             if gpu.state_is_settled and all(self._cluster.may_move_rested(i) for i in gpu.items.values()):
-                begun += self._empty(gpu, model, budget_moves - len(begun), budget_blocks - _blocks(begun))
+                begun += self._empty(gpu, budget_moves - len(begun), budget_blocks - _blocks(begun))
                 spare -= gpu.capacity if gpu.empty or not gpu.items else 0
         return begun
 
-    def _empty(self, gpu: GpuRecord, model: str, budget_moves: int, budget_blocks: int) -> list[Move]:
-        trial = self._fit_all(gpu, self._trial(gpu, model))
+    def _empty(self, gpu: GpuRecord, budget_moves: int, budget_blocks: int) -> list[Move]:
+        trial = self._fit_all(gpu, trial_without(self._cluster, gpu, self._limits.head_room))
         if trial is None or len(trial.steps) > budget_moves:
             return []
         moved = sum(item.planned for item, _ in trial.steps)
         if moved > min(budget_blocks, self._limits.price * gpu.capacity):
             return []
-        return [
-            self._cluster.begin_move(item, self._cluster.at_slot(slot), Reason.CONSOLIDATE)
-            for item, slot in trial.steps
-        ]
+        return begin(trial, self._cluster, Reason.CONSOLIDATE)
 
-    def _trial(self, victim: GpuRecord, model: str) -> _Trial:
-        keep = self._limits.head_room
-        free = {
-            g.slot: g.free - int(keep * g.capacity)
-            for g in self._cluster.emptiest(model)
-            if g is not victim and g.free > 0
-        }
-        return _Trial(sorted((f << _SLOT_BITS) | slot for slot, f in free.items()), free)
-
-    def _fit_all(self, victim: GpuRecord, trial: _Trial) -> _Trial | None:
+    def _fit_all(self, victim: GpuRecord, trial: Trial) -> Trial | None:
         """Each item, the largest first, to the fullest GPU with room; None if one finds none."""
         for item in sorted(victim.items.values(), key=lambda i: -i.planned):
             slot = trial.tightest(item.planned)
@@ -117,12 +68,11 @@ class Consolidation:
             trial = roomier
         return trial
 
-    def _make_room(self, item: ItemState, trial: _Trial) -> _Trial | None:
+    def _make_room(self, item: ItemState, trial: Trial) -> Trial | None:
         """The cheapest way, over the emptiest GPUs, to shed enough there for `item` to fit."""
-        best: _Trial | None = None
+        best: Trial | None = None
         best_cost = 0
-        for key in trial.keys[: -self._limits.room_tries - 1 : -1]:
-            slot = key & _SLOT_MASK
+        for slot in trial.emptiest(self._limits.room_tries):
             shed = self._shed(slot, item.planned - trial.free[slot], trial)
             if shed is None:
                 continue
@@ -132,7 +82,7 @@ class Consolidation:
                 best, best_cost = shed, cost
         return best
 
-    def _shed(self, slot: int, need: int, trial: _Trial) -> _Trial | None:
+    def _shed(self, slot: int, need: int, trial: Trial) -> Trial | None:
         """Move items off a GPU until `need` blocks are free: the smallest that suffices, else several."""
         moved = {item.item_id for item, _ in trial.steps}
         gpu = self._cluster.at_slot(slot)
@@ -146,7 +96,7 @@ class Consolidation:
         return _with_steps(trial, slot, [i for i in reversed(items) if i.planned <= 2 * need], need)
 
 
-def _with_steps(trial: _Trial, source: int, items: list[ItemState], need: int = 0) -> _Trial | None:
+def _with_steps(trial: Trial, source: int, items: list[ItemState], need: int = 0) -> Trial | None:
     """Move `items` off `source` until `need` blocks are freed; None if they are not."""
     trial = trial.copy()
     freed = 0

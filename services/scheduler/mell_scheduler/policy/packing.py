@@ -50,7 +50,8 @@ class PackingPolicy:
 
     def undrain_gpu(self, gpu_id: GpuId) -> None:
         """See `base.Policy`."""
-        self._set_state(gpu_id, GpuState.STANDBY)
+        if self.state(gpu_id) in (GpuState.DRAINING, GpuState.RELEASED):
+            self._set_state(gpu_id, GpuState.STANDBY)
 
     def _set_state(self, gpu_id: GpuId, state: GpuState) -> None:
         gpu = self.cluster.gpus[gpu_id]
@@ -135,6 +136,10 @@ class PackingPolicy:
     def gpu_ids(self) -> list[GpuId]:
         """See `base.Policy`."""
         return list(self.cluster.gpus)
+
+    def spec(self, gpu_id: GpuId) -> GpuSpec:
+        """See `base.Policy`."""
+        return self.cluster.gpus[gpu_id].spec
 
     def state(self, gpu_id: GpuId) -> GpuState:
         """See `base.Policy`."""
