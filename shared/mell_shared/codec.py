@@ -7,6 +7,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 M = TypeVar("M")
 
+_MAX_LIST_ITEMS = 2**16
+_MAX_MAP_ITEMS = 2**18
+"""Nothing of ours is longer (long columns are packed bytes); a forged length must not reserve memory."""
+_SUMMARY_CHARS = 300
+
 
 class InvalidMessageError(ValueError):
     """The bytes are no message of the expected union; says where and why, without the content."""
@@ -24,8 +29,10 @@ def decode(adapter: TypeAdapter[M], data: bytes, *, unknown_fields: Literal["ign
     Raises `InvalidMessageError` for anything else, however malformed.
     """
     try:
-        value = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        value = msgpack.unpackb(
+            data, raw=False, strict_map_key=False, max_array_len=_MAX_LIST_ITEMS, max_map_len=_MAX_MAP_ITEMS
+        )
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise InvalidMessageError(f"not msgpack: {type(error).__name__}") from None
     try:
         return adapter.validate_python(value, extra=unknown_fields)
@@ -38,4 +45,5 @@ def _summary(error: ValidationError) -> str:
     first = faults[0]
     place = ".".join(str(part) for part in first["loc"]) or "message"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{place}: {first['msg']}{more}"
+    # Keys and tags of the content can stand in place and text; a short piece of them is enough.
+    return f"{place[:_SUMMARY_CHARS]}: {first['msg'][:_SUMMARY_CHARS]}{more}"

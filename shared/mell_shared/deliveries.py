@@ -9,6 +9,8 @@ from typing import Any
 
 from mell_shared.bus import BusStats, Delivery, Handler
 
+_MAX_PENDING_BYTES = 128 * 2**20
+
 
 class Consumer:
     """One subscription's queue and the task that hands its deliveries to the handler, one after another."""
@@ -16,6 +18,7 @@ class Consumer:
     def __init__(self, handler: Handler, max_pending: int, stats: BusStats) -> None:
         self._handler = handler
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue(max_pending)
+        self._pending_bytes = 0
         self._stats = stats
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
@@ -31,15 +34,19 @@ class Consumer:
             self._task.cancel()
 
     def offer(self, delivery: Delivery) -> None:
-        """Queue `delivery`; if the queue is full drop it and count it."""
-        try:
-            self._queue.put_nowait(delivery)
-        except asyncio.QueueFull:
+        """Queue `delivery`; if the queue is full, in messages or bytes, drop it and count it."""
+        size_bytes = len(delivery.data)
+        if self._queue.full() or self._pending_bytes + size_bytes > _MAX_PENDING_BYTES:
             self._stats.dropped += 1
+            return
+        self._pending_bytes += size_bytes
+        self._queue.put_nowait(delivery)
 
     async def _run(self) -> None:
         while not self._stopped:
-            await self._handler(await self._queue.get())
+            delivery = await self._queue.get()
+            self._pending_bytes -= len(delivery.data)
+            await self._handler(delivery)
 
 
 class Deliveries:

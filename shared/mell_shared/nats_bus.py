@@ -40,6 +40,8 @@ _RECONNECT_WAIT_S = 0.25
 _FLUSH_TIMEOUT_S = 2.0
 _MAX_UNSENT_BYTES = 32 * 2**20
 """Beyond this a publisher waits for the socket; a broker that takes nothing is given up after three pings."""
+_MAX_BURST_MESSAGES = 65_536
+"""nats-py's own queue, emptied into ours after each read from the socket; ours is the one that bounds."""
 _CLOSE_TIMEOUT_S = 2.0
 
 
@@ -128,7 +130,7 @@ class NatsBus:
             consumer.offer(Delivery(message.subject, message.data, message.reply))
 
         try:
-            inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=max_pending)
+            inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=_MAX_BURST_MESSAGES)
         except Error as error:
             consumer.stop()
             raise self._translated(error, subject, b"") from error
