@@ -1,0 +1,110 @@
+"""What goes into the core and what comes out: closed unions of frozen values, and the core's settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mell_shared.messages.scheduler import (
+    PlaceReply,
+    PlaceRequest,
+    SequenceFinished,
+    WorkerJoined,
+    WorkerLeft,
+    WorkerReport,
+)
+
+Handle = str
+"""Names one held request to the shell; in the live service the subject its reply goes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """What the core needs to know; times are integer microseconds."""
+
+    report_interval_us: int = 1_000_000
+    """Workers report this often; also the horizon of growth predictions (one epoch)."""
+    submit_timeout_us: int = 5_000_000
+    """A placement that no report confirms stops counting after this."""
+    missed_reports: int = 3
+    """After so many missed reports a worker gets no placements."""
+    worker_lost_us: int = 10_000_000
+    """After this silence a worker is forgotten."""
+    worker_grace_us: int = 5_000_000
+    """How long requests wait for a worker to appear before they are told that there is none."""
+    queue_limit: int = 1_000
+    queue_hold_us: int = 800_000
+    queue_renew_us: int = 3_000_000
+    """A waiting request that is not repeated for this long is dropped."""
+    overtake_window: int = 64
+    """So many waiting requests of a model, the first in order, are tried when room appears."""
+    growth_limit_tokens: int = 512
+    """Most tokens a sequence is predicted to grow by in one epoch."""
+    tpot_target_us: int = 0
+    """A worker whose recent step takes longer gets nothing more; 0: no such limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeadershipTaken:
+    """This scheduler leads from now on; it knows nothing yet."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeadershipEnded:
+    """This scheduler must place nothing any more; whoever waits should ask the next leader."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequested:
+    """A frontend asked for a place; it gets exactly one `Reply` with this handle."""
+
+    handle: Handle
+    request: PlaceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went by."""
+
+
+Event = (
+    LeadershipTaken
+    | LeadershipEnded
+    | PlaceRequested
+    | WorkerJoined
+    | WorkerReport
+    | WorkerLeft
+    | SequenceFinished
+    | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer a held request."""
+
+    handle: Handle
+    sequence: str
+    reply: PlaceReply
+
+
+@dataclass(frozen=True, slots=True)
+class AskReport:
+    """Ask a worker (None: all) to announce itself and its state now."""
+
+    worker: str | None
+
+
+Change = Literal["joined", "refused", "heard", "silent", "draining", "undrained", "left", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the operators that a worker's standing changed."""
+
+    worker: str
+    change: Change
+    reason: str
+
+
+Command = Reply | AskReport | Announce
