@@ -12,7 +12,6 @@ from nats.errors import (
     ConnectionClosedError,
     ConnectionDrainingError,
     Error,
-    FlushTimeoutError,
     MaxPayloadError,
     NoRespondersError,
     OutboundBufferLimitError,
@@ -61,17 +60,17 @@ class NatsBus:
         Tries for `timeout_s`, then raises `BrokerUnreachableError` with one line that says what to do. Once connected
         it reconnects for ever.
         """
-        bus = cls(url)
+        _check_address(url)
+        bus, opened = cls(url), False
         try:
             async with asyncio.timeout(timeout_s):
                 await bus._open(name)
-        except TimeoutError as error:
-            reason = bus._client.last_error
-            await bus.close()
-            raise BrokerUnreachableError(_unreachable(url, reason)) from error
-        except Error as error:
-            await bus.close()
-            raise BrokerUnreachableError(_unreachable(url, error)) from error
+            opened = True
+        except (TimeoutError, Error) as error:
+            raise BrokerUnreachableError(_unreachable(url, bus._client.last_error)) from error
+        finally:
+            if not opened:
+                await bus.close()
         return bus
 
     @property
@@ -101,10 +100,15 @@ class NatsBus:
         """Send and forget; raises as `Bus.publish` does."""
         self._check_connected()
         check_subject(subject)
+        task = asyncio.current_task()
+        assert task is not None
+        cancellations = task.cancelling()
         try:
             await self._client.publish(subject, data, reply_to)
         except Error as error:
             raise self._translated(error, subject, data) from error
+        if task.cancelling() > cancellations:
+            raise asyncio.CancelledError  # nats-py swallows it while it waits for the socket
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
         """Send and wait for one reply; raises as `Bus.request` does."""
@@ -140,23 +144,22 @@ class NatsBus:
     async def flush(self, timeout_s: float = 5.0) -> None:
         """Return when the broker has seen all that was sent; raises as `Bus.flush` does."""
         self._check_connected()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._client.flush()
-        except (FlushTimeoutError, TimeoutError) as error:
-            raise RequestTimeoutError(f"the broker did not answer within {timeout_s} s") from error
-        except Error as error:
-            raise self._translated(error, "", b"") from error
+        # Not nats-py's own flush: it cancels what the answer would complete, and a late answer then ends its read loop.
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        await self._client._send_ping(answered)
+        await asyncio.wait({answered}, timeout=timeout_s)
+        if not answered.done():
+            raise RequestTimeoutError(f"the broker did not answer within {timeout_s} s")
 
     async def close(self) -> None:
         """Flush what can be flushed and disconnect; safe to repeat. Raises a handler's failure nobody watched for."""
         self._closing = True
         try:
+            if self.connected:
+                await self.flush(_CLOSE_TIMEOUT_S)
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                if self.connected:
-                    await self._client.flush()
                 await self._client.close()
-        except (TimeoutError, OSError, Error) as error:
+        except (TimeoutError, BusError, OSError, Error) as error:
             self._count(error)
         await self._deliveries.close()
 
@@ -230,6 +233,19 @@ class _Subscription:
             await self._inner.unsubscribe()
         except Error:
             return  # closed or unsubscribed before: nothing is delivered any more
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("nats", "tls") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise BrokerUnreachableError(
+            "MELL_NATS_URL (--nats-url) is no address of a message broker; "
+            "it looks like nats://127.0.0.1:4222 or nats://user:password@host:4222"
+        )
 
 
 def _without_password(url: str) -> str:
