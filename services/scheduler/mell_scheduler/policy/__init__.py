@@ -1,6 +1,7 @@
 """Packing policies: pure, standard library only. `make_policy` builds one by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mell_scheduler.policy.base import Policy, PolicySettings
 from mell_scheduler.policy.best_fit import BestFit
@@ -8,7 +9,7 @@ from mell_scheduler.policy.cluster import Cluster
 from mell_scheduler.policy.first_fit import FirstFit, RoundRobin
 from mell_scheduler.policy.load_balance import LoadBalance, LoadBalanceDrain
 from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
-from mell_scheduler.policy.repack import Repack
+from mell_scheduler.policy.repack import FRUGAL, Repack
 from mell_scheduler.policy.worst_fit import WorstFit
 
 _Builder = Callable[[PolicySettings], Policy]
@@ -29,6 +30,11 @@ def _repack(settings: PolicySettings) -> Policy:
     return PackingPolicy("repack", cluster, Repack(cluster, settings))
 
 
+def _repack_frugal(settings: PolicySettings) -> Policy:
+    cluster = settings_cluster(settings)
+    return PackingPolicy("repack-frugal", cluster, Repack(cluster, replace(settings, repack=FRUGAL)))
+
+
 def _load_balance(settings: PolicySettings) -> Policy:
     cluster = settings_cluster(settings)
     return PackingPolicy("load-balance", cluster, LoadBalance(cluster, settings))
@@ -41,6 +47,7 @@ def _load_balance_drain(settings: PolicySettings) -> Policy:
 
 _BUILDERS: dict[str, _Builder] = {
     "repack": _repack,
+    "repack-frugal": _repack_frugal,
     "load-balance-drain": _load_balance_drain,
     "load-balance": _load_balance,
     "best-fit": _fit("best-fit", BestFit),

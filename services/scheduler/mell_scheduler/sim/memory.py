@@ -55,7 +55,7 @@ class MemoryRun:
 
     def __init__(self, workload: Workload, settings: MemorySettings, driver: Driver, clock: NanosecondClock) -> None:
         self._requests = workload.requests
-        self._settings = settings
+        self.settings = settings
         self._driver = driver
         self._clock = clock
         self.tick_us = min(round(settings.epoch_s * US_PER_S), US_PER_S)
@@ -158,7 +158,7 @@ class MemoryRun:
 
     def _relieve(self) -> None:
         """The worker's own allocator: over capacity it drops incoming moves, then preempts the latest."""
-        capacity = self._settings.capacity_tokens
+        capacity = self.settings.capacity_tokens
         for gpu in list(self._busy.values()):
             if gpu.tokens + self._incoming_tokens(gpu) <= capacity:
                 continue
@@ -211,7 +211,7 @@ class MemoryRun:
         return gpu_id
 
     def _item(self, item_id: ItemId, tokens: int) -> Item:
-        growth = min(self._growth, self._settings.capacity_tokens - tokens)
+        growth = min(self._growth, self.settings.capacity_tokens - tokens)
         return Item(item_id, tokens, growth_blocks=growth)
 
     def _sample(self) -> None:
@@ -250,12 +250,12 @@ class MemoryRun:
             pass
 
     def _add_gpu(self) -> bool:
-        limit = self._settings.max_gpus
+        limit = self.settings.max_gpus
         if limit is not None and len(self._gpus) >= limit:
             return False
         gpu_id = f"gpu{len(self._gpus)}"
         self._gpus[gpu_id] = _Gpu(gpu_id)
-        self._driver.gpu_started(GpuSpec(gpu_id, self._settings.capacity_tokens), self._now_us)
+        self._driver.gpu_started(GpuSpec(gpu_id, self.settings.capacity_tokens), self._now_us)
         return True
 
     def _record(self, kind: str, **fields: object) -> None:

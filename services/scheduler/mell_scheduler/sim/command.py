@@ -1,0 +1,120 @@
+"""The command line of the simulator; the console mounts `simulate_command` as `mell simulate`."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from mell_scheduler.policy import POLICY_NAMES, PolicySettings
+from mell_scheduler.sim.hardware import HardwareError, capacity_tokens
+from mell_scheduler.sim.html import as_html
+from mell_scheduler.sim.memory import DecisionLog, MemorySettings
+from mell_scheduler.sim.report import as_table
+from mell_scheduler.sim.requests import Scaling
+from mell_scheduler.sim.simulate import DEFAULT_POLICIES, Simulation, simulate
+from mell_scheduler.sim.trace import TraceError
+
+_POSITIVE = 1e-9
+
+
+def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    trace: Annotated[
+        str, typer.Argument(help="A trace file (CSV, Azure's CSV, Mooncake's JSON lines, .gz), -, or paper:RATE.")
+    ],
+    policy: Annotated[str, typer.Option(help=f"Policies, by commas, of: {', '.join(POLICY_NAMES)}.")] = ",".join(
+        DEFAULT_POLICIES
+    ),
+    capacity_tokens_: Annotated[
+        int | None, typer.Option("--capacity-tokens", min=1, help="Tokens of KV cache that one GPU holds.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model, for the capacity, by name.")] = "llama-2-13b",
+    gpu: Annotated[str, typer.Option(help="GPU, for the capacity, by name.")] = "a100-40",
+    gpus_per_instance: Annotated[int, typer.Option(min=1, help="GPUs that one model instance spans.")] = 1,
+    decode_tokens_per_s: Annotated[float, typer.Option(min=_POSITIVE, help="Growth of each running request.")] = 20.0,
+    epoch_s: Annotated[float, typer.Option(min=0.01, help="Time between two plans of moves.")] = 1.0,
+    move_s: Annotated[float, typer.Option(min=0.0, help="Time a move holds memory at both ends.")] = 0.0,
+    head_room: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a GPU arrivals leave free.")] = 0.0,
+    time_scale: Annotated[float, typer.Option(min=_POSITIVE, help="Multiplies arrival times.")] = 1.0,
+    length_scale: Annotated[float, typer.Option(min=_POSITIVE, help="Multiplies prompt and output lengths.")] = 1.0,
+    copies: Annotated[int, typer.Option(min=1, help="Copies of the trace over itself, shifted at random.")] = 1,
+    seed: Annotated[int, typer.Option(help="Fixes everything that is sampled.")] = 0,
+    warmup_s: Annotated[float, typer.Option(min=0.0, help="Means start here.")] = 0.0,
+    until_s: Annotated[float | None, typer.Option(min=_POSITIVE, help="The run ends here.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    save_decisions: Annotated[Path | None, typer.Option(help="Write each decision here, as JSON lines.")] = None,
+) -> None:
+    """Replay a trace and show how many GPUs each policy would need, with which moves."""
+    console = Console()
+    try:
+        capacity = capacity_tokens_ or capacity_tokens(model, gpu, gpus_per_instance)
+        simulation = Simulation(
+            trace=trace,
+            memory=MemorySettings(capacity, decode_tokens_per_s, epoch_s, move_s),
+            policies=_policies(policy),
+            scaling=Scaling(time_scale, length_scale, copies, seed),
+            warmup_s=warmup_s,
+            until_s=until_s,
+            policy_settings=PolicySettings(head_room=head_room),
+        )
+        with _decision_log(save_decisions) as log, _progress(console) as progress:
+            report = simulate(simulation, perf_counter_ns, progress, log)
+        console.print(as_table(report))
+        if json_ is not None:
+            json_.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        if html is not None:
+            html.write_text(as_html(report))
+    except (TraceError, HardwareError, OSError, ValueError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _policies(names: str) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in chosen if name not in POLICY_NAMES]
+    if unknown or not chosen:
+        raise ValueError(f"unknown policy {', '.join(unknown)!r}: choose of {', '.join(POLICY_NAMES)}")
+    return chosen
+
+
+@contextmanager
+def _decision_log(path: Path | None) -> Iterator[DecisionLog | None]:
+    if path is None:
+        yield None
+        return
+    with path.open("w") as file:
+
+        def write(record: dict[str, object]) -> None:
+            file.write(json.dumps(record) + "\n")
+
+        yield write
+
+
+class _Bar:
+    """One progress bar per policy, in simulated seconds."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._shown_s = 0.0
+
+    def __call__(self, policy: str, now_s: float, until_s: float) -> None:
+        if policy not in self._tasks:
+            self._tasks[policy] = self._progress.add_task(policy, total=until_s)
+            self._shown_s = 0.0
+        if now_s - self._shown_s >= until_s / 200 or now_s >= until_s:
+            self._shown_s = now_s
+            self._progress.update(self._tasks[policy], completed=now_s)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[_Bar]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Bar(progress)

@@ -1,0 +1,107 @@
+"""Runs a workload against policies in memory mode: the plain function behind `mell simulate`."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.sim.driver import Driver, PolicyDriver
+from mell_scheduler.sim.memory import DecisionLog, MemoryRun, MemorySettings, NanosecondClock
+from mell_scheduler.sim.paper import paper_workload
+from mell_scheduler.sim.report import Outcome, Report, figures_of
+from mell_scheduler.sim.requests import US_PER_S, Scaling, Workload, scaled, without_oversized
+from mell_scheduler.sim.series import Window
+from mell_scheduler.sim.trace import TraceError, read_trace
+
+MakeDriver = Callable[[str, PolicySettings], Driver]
+Progress = Callable[[str, float, float], None]
+"""(policy, simulated seconds, of how many)."""
+
+DEFAULT_POLICIES = ("repack", "load-balance-drain", "load-balance", "best-fit", "worst-fit")
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """All that fixes a run's outcome; decision times excepted, equal simulations give equal reports."""
+
+    trace: str
+    memory: MemorySettings
+    policies: tuple[str, ...] = DEFAULT_POLICIES
+    scaling: Scaling = field(default_factory=Scaling)
+    warmup_s: float = 0.0
+    until_s: float | None = None
+    """None: up to the last arrival."""
+    policy_settings: PolicySettings = field(default_factory=PolicySettings)
+
+
+def load(trace: str, seed: int) -> Workload:
+    """Read a trace, or sample `paper:RATE`; raises TraceError."""
+    if not trace.startswith("paper:"):
+        return read_trace(trace)
+    try:
+        rate_per_s = float(trace.removeprefix("paper:"))
+    except ValueError:
+        rate_per_s = 0.0
+    if not 0.0 < rate_per_s < 1e6:
+        raise TraceError(f"{trace!r}: expected paper:RATE with a rate in requests per second, as paper:1.1")
+    return paper_workload(rate_per_s, seed)
+
+
+def bare_policy(name: str, settings: PolicySettings) -> Driver:
+    """The policy alone, without the live core around it."""
+    return PolicyDriver(make_policy(name, settings))
+
+
+def simulate(
+    simulation: Simulation,
+    clock: NanosecondClock,
+    progress: Progress | None = None,
+    log: DecisionLog | None = None,
+    make_driver: MakeDriver = bare_policy,
+) -> Report:
+    """Replay the trace against each policy; raises TraceError, ValueError for an unknown policy."""
+    workload = scaled(load(simulation.trace, simulation.scaling.seed), simulation.scaling)
+    workload = without_oversized(workload, simulation.memory.capacity_tokens)
+    if not workload.requests:
+        raise TraceError(
+            f"{workload.name}: every request is over the capacity of"
+            f" {simulation.memory.capacity_tokens:,} tokens: raise --capacity-tokens"
+        )
+    until_s = simulation.until_s or workload.requests[-1].arrival_us / US_PER_S + 1.0
+    window = Window(simulation.warmup_s, until_s)
+    if window.warmup_s >= window.until_s:
+        raise TraceError(f"the warm-up of {window.warmup_s:g} s leaves nothing of {until_s:g} s: lower --warmup-s")
+    settings = replace(simulation.policy_settings, hold_both_ends=simulation.memory.move_s > 0)
+    outcomes = {}
+    for name in simulation.policies:
+        run = MemoryRun(workload, simulation.memory, make_driver(name, settings), clock)
+        run.log = None if log is None else _tagged(log, name)
+        for now_s in run.run(until_s):
+            if progress is not None:
+                progress(name, now_s, until_s)
+        outcomes[name] = _outcome(run, window, workload)
+    capacity = simulation.memory.capacity_tokens
+    return Report(workload.name, _settings(simulation, settings, until_s), capacity, workload.excluded, outcomes)
+
+
+def _outcome(run: MemoryRun, window: Window, workload: Workload) -> Outcome:
+    rejected = workload.excluded.get("over capacity", 0) + run.series.waiting[-1]
+    figures = figures_of(run.series, window, run.settings.capacity_tokens, run.decision_ns, rejected)
+    return Outcome(figures, run.series)
+
+
+def _tagged(log: DecisionLog, policy: str) -> DecisionLog:
+    def write(record: dict[str, object]) -> None:
+        log({"policy": policy, **record})
+
+    return write
+
+
+def _settings(simulation: Simulation, policy: PolicySettings, until_s: float) -> dict[str, object]:
+    return {
+        "mode": "memory",
+        **asdict(simulation.memory),
+        "scaling": asdict(simulation.scaling),
+        "warmup_s": simulation.warmup_s,
+        "until_s": until_s,
+        "policy": asdict(policy),
+    }
