@@ -12,7 +12,11 @@ from mell_shared.bus import BrokerUnreachableError
 _PR_SET_PDEATHSIG = 1
 
 
-class StartError(Exception):
+class ServiceError(Exception):
+    """The service cannot go on; the message is one line for whoever runs it."""
+
+
+class StartError(ServiceError):
     """The service cannot start; the message is one line that says what to do."""
 
 
@@ -23,13 +27,13 @@ ServiceMain = Callable[[asyncio.Event], Awaitable[None]]
 def run_service(main: ServiceMain) -> None:
     """Run `main` until it returns, SIGTERM or SIGINT setting its event; a second signal ends the process at once.
 
-    Exits 0 after a clean stop, 1 with one line on stderr for a `StartError` or an unreachable broker; any other
+    Exits 0 after a clean stop, 1 with one line on stderr for a `ServiceError` or an unreachable broker; any other
     exception is a bug and propagates.
     """
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_until_stopped(main))
-    except (StartError, BrokerUnreachableError) as error:
+    except (ServiceError, BrokerUnreachableError) as error:
         sys.stderr.write(f"mell: {error}\n")
         raise SystemExit(1) from error
 

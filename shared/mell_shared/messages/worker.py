@@ -56,11 +56,14 @@ class SubmitAccepted(Message):
     cached_tokens: int = Field(default=0, ge=0)
 
 
-SubmitRefusal = Literal["no_room", "too_large", "wrong_model", "bad_request", "protocol", "stopping"]
+SubmitRefusal = Literal["no_room", "too_large", "wrong_model", "bad_request", "protocol", "stopping", "superseded"]
 
 
 class SubmitRefused(Message):
-    """The sequence does not run here. `no_room`, `stopping`: another worker may; else nobody should retry."""
+    """The sequence does not run here. `no_room`, `stopping`: another worker may; else nobody should retry.
+
+    `superseded`: a newer generation, or a cancellation of this one, was here before; only late commands get it.
+    """
 
     kind: Literal["submit_refused"] = "submit_refused"
     reason: SubmitRefusal

@@ -16,7 +16,8 @@ class EngineSpec:
     """What an engine is, fixed once it is built.
 
     `kv_layout` is a digest of all that makes two KV pools interchangeable: model, revision, dtype, block size,
-    layers, heads. `eos_token_ids` end a sequence unless its parameters say otherwise.
+    layers, heads. `eos_token_ids` end a sequence unless its parameters say otherwise. A step of an `instant`
+    engine takes less time than handing it to another thread would.
     """
 
     name: str
@@ -28,6 +29,7 @@ class EngineSpec:
     kv_blocks: int
     block_tokens: int
     block_bytes: int
+    instant: bool = False
 
 
 class Engine(Protocol):
@@ -48,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def check_grammar(self, text: str) -> str | None:
-        """Return why the grammar cannot be used, or None."""
+        """Return why the grammar cannot be used, or None; called from any thread, also while `execute` runs."""
         ...
 
     def close(self) -> None:

@@ -1,0 +1,75 @@
+"""`python -m mell_gpu_worker`: builds everything and hands it down."""
+
+import asyncio
+import sys
+from functools import partial
+
+from mell_gpu_worker.engine.base import Engine, EngineError
+from mell_gpu_worker.engine.factory import make_engine
+from mell_gpu_worker.engine_runner import EngineRunner, EngineThread
+from mell_gpu_worker.metrics import WorkerCollector
+from mell_gpu_worker.service import WorkerService, core_config
+from mell_gpu_worker.settings import WorkerSettings
+from mell_shared.bus import Bus
+from mell_shared.clock import SystemClock
+from mell_shared.ids import process_id
+from mell_shared.log import configure_logging
+from mell_shared.metrics import BusCollector, new_registry, serve_metrics
+from mell_shared.models import ModelNotFoundError
+from mell_shared.nats_bus import NatsBus
+from mell_shared.process import ServiceError, StartError, run_service
+from mell_shared.subjects import Subjects
+
+
+def main(arguments: list[str]) -> None:
+    """Run a worker with these flags until it is told to stop."""
+    settings = WorkerSettings.from_command_line(arguments)
+    worker = process_id(settings.worker_name)
+    configure_logging(settings.log_level, settings.log_format, service="gpu_worker", process=worker)
+    run_service(partial(serve, settings, worker))
+
+
+async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> None:
+    """Connect, build the engine, serve until `stop`. Raises `StartError`, `BrokerUnreachableError`, `ServiceError`."""
+    thread = EngineThread()
+    bus = await NatsBus.connect(settings.nats_url, name=worker)
+    try:
+        engine = await _load_engine(settings, thread, stop)
+        if engine is not None:
+            config = core_config(settings, worker, engine.spec)
+            subjects = Subjects(settings.subject_prefix)
+            service = WorkerService(config, EngineRunner(engine, thread), bus, subjects, SystemClock())
+            await _serve(settings, service, bus, stop)
+            engine.close()
+    finally:
+        thread.close()
+        await bus.close()
+
+
+async def _load_engine(settings: WorkerSettings, thread: EngineThread, stop: asyncio.Event) -> Engine | None:
+    """Return the engine, or None if `stop` came while it was loading."""
+    loading = asyncio.ensure_future(thread.run(partial(make_engine, settings.engine_options)))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not loading.done():
+        loading.cancel()
+        return None
+    try:
+        return loading.result()
+    except (EngineError, ModelNotFoundError) as error:
+        raise StartError(str(error)) from error
+
+
+async def _serve(settings: WorkerSettings, service: WorkerService, bus: Bus, stop: asyncio.Event) -> None:
+    registry = new_registry()
+    registry.register(WorkerCollector(service.core, service.counts))
+    registry.register(BusCollector(bus))
+    async with serve_metrics(registry, lambda: bus.connected, host=settings.metrics_host, port=settings.metrics_port):
+        await service.run(stop)
+    if service.failure:
+        raise ServiceError(f"the engine failed: {service.failure}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,237 @@
+"""Continuous batching: who runs, what each engine step computes, and who gives way when blocks run out.
+
+Decodes come first, then prefill in chunks, all within a budget of tokens a step. Whoever runs holds blocks for all
+its tokens and the next one. Only when a decode finds no block is somebody preempted: the lowest priority, then the
+latest arrival; it gives all its blocks back, waits, and comes back before anything new, recomputing what the prefix
+cache has lost. The first in order is never preempted, so it always ends.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+from collections.abc import Sequence as Values
+from dataclasses import dataclass
+from operator import attrgetter
+
+from mell_gpu_worker.core.blocks import BlockPool
+from mell_gpu_worker.core.sequence import Phase, Sequence
+from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
+from mell_shared.messages.sampling import FinishReason
+
+_ORDER = attrgetter("order")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step did for one sequence: a new last token or none, and why it ends now, if it does."""
+
+    sequence: Sequence
+    sampled: bool
+    end: FinishReason | None
+
+
+class Batcher:
+    """The running and the preempted sequences over one pool. `root`: parent digest of first blocks."""
+
+    def __init__(self, pool: BlockPool, root: bytes, *, max_step_tokens: int, max_sequences: int) -> None:
+        assert max_step_tokens >= max_sequences, "every running sequence must be able to decode in one step"
+        self.pool = pool
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
+        self._root = root
+        self._max_step_tokens = max_step_tokens
+        self._max_sequences = max_sequences
+        self._step: list[tuple[Sequence, int]] = []
+        self._ended_in_step: list[list[int]] = []
+
+    @property
+    def computing(self) -> bool:
+        """Whether a planned step has not been committed yet."""
+        return bool(self._step)
+
+    # --- who runs
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Run `sequence` if its tokens and one more fit now and nobody preempted waits; else change nothing."""
+        full = len(self.running) >= self._max_sequences
+        if full or self.waiting or not self._place(sequence, spare_blocks=0):
+            return False
+        insort(self.running, sequence, key=_ORDER)
+        return True
+
+    def end(self, sequence: Sequence) -> None:
+        """Take a live sequence out; its blocks are free now, or when the step being computed is done."""
+        (self.running if sequence.phase is Phase.RUNNING else self.waiting).remove(sequence)
+        if sequence.in_step:
+            self._ended_in_step.append(sequence.blocks)
+        else:
+            self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.phase = Phase.ENDED
+
+    def _place(self, sequence: Sequence, spare_blocks: int) -> bool:
+        shared = self._cached_blocks(sequence)
+        fresh = self.pool.blocks_for(len(sequence.token_ids) + 1) - len(shared)
+        if not self.pool.fits(shared, fresh + spare_blocks):
+            return False
+        self.pool.share(shared)
+        sequence.blocks = shared + self.pool.allocate(fresh)
+        self._skip_cached(sequence, len(shared))
+        return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        # Strictly before the last token: at least one is computed, and never into a shared block.
+        return self.pool.cached(self._digests(sequence, len(sequence.token_ids) - 1))
+
+    def _skip_cached(self, sequence: Sequence, shared_blocks: int) -> None:
+        sequence.computed = shared_blocks * self.pool.block_tokens
+        if not sequence.started:
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
+
+    def _resume_waiting(self) -> None:
+        while self.waiting:
+            # A block of growth for each that runs, else it would soon be preempted again.
+            if not self._place(self.waiting[0], spare_blocks=len(self.running)):
+                return
+            sequence = self.waiting.pop(0)
+            sequence.phase = Phase.RUNNING
+            insort(self.running, sequence, key=_ORDER)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.phase = Phase.WAITING
+        insort(self.waiting, sequence, key=_ORDER)
+        self.preemptions += 1
+
+    # --- a step
+
+    def plan(self) -> list[StepRow]:
+        """Return the next step's rows, none if nobody runs; the step before must be committed."""
+        assert not self._step, "the last step is not committed"
+        self._resume_waiting()
+        rows = list(self._decode_rows())
+        rows.extend(self._prefill_rows(self._max_step_tokens - len(rows)))
+        return rows
+
+    def _decode_rows(self) -> Iterator[StepRow]:
+        for sequence in tuple(self.running):
+            if sequence.phase is Phase.RUNNING and _decodes(sequence) and self._grow(sequence):
+                yield self._row(sequence, 1)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Whether `sequence` has a block for its last token, made free at the cost of those behind it."""
+        if len(sequence.token_ids) <= len(sequence.blocks) * self.pool.block_tokens:
+            return True
+        while not self.pool.free_blocks:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(1)
+        return True
+
+    def _prefill_rows(self, budget_tokens: int) -> Iterator[StepRow]:
+        coming: set[bytes] = set()
+        for sequence in self.running:
+            if not budget_tokens:
+                return
+            if sequence.in_step or (not sequence.started and self._soon_cached(sequence, coming)):
+                continue
+            count = min(len(sequence.token_ids) - sequence.computed, budget_tokens)
+            budget_tokens -= count
+            coming.update(self._digests_filled(sequence, count))
+            yield self._row(sequence, count)
+
+    def _soon_cached(self, sequence: Sequence, coming: set[bytes]) -> bool:
+        """Whether another row of this step computes the block that `sequence` needs next, so that waiting saves work.
+
+        First, what others have computed since `sequence` arrived takes the place of its own blank blocks.
+        """
+        shared = self._cached_blocks(sequence)
+        known = sequence.computed // self.pool.block_tokens
+        if len(shared) > known:
+            self.pool.share(shared[known:])
+            self.pool.release(sequence.blocks[known : len(shared)])
+            sequence.blocks[known : len(shared)] = shared[known:]
+            self._skip_cached(sequence, len(shared))
+        needed = self._digests(sequence, len(sequence.token_ids) - 1)[sequence.computed // self.pool.block_tokens :]
+        return bool(needed) and needed[0] in coming
+
+    def _row(self, sequence: Sequence, count: int) -> StepRow:
+        sequence.in_step = sequence.started = True
+        self._step.append((sequence, count))
+        last = sequence.computed + count == len(sequence.token_ids)
+        return StepRow(
+            sequence=sequence.sequence,
+            token_ids=sequence.token_ids,
+            prompt_tokens=sequence.prompt_tokens,
+            start=sequence.computed,
+            count=count,
+            block_table=sequence.blocks,
+            sampling=sequence.sampling if last else None,
+        )
+
+    def commit(self, result: StepResult) -> list[Progress]:
+        """Take in the planned step's outcome; sequences that end with it hold nothing afterwards."""
+        step, self._step = self._step, []
+        assert len(step) == len(result.sampled), "the engine answered for other rows than it got"
+        for sequence, _ in step:
+            sequence.in_step = False
+        for table in self._ended_in_step:
+            self.pool.release(table)
+        self._ended_in_step.clear()
+        return [
+            self._advance(sequence, count, result.sampled[row], failed=row in result.failed)
+            for row, (sequence, count) in enumerate(step)
+            if sequence.live
+        ]
+
+    def _advance(self, sequence: Sequence, count: int, sampled: SampledToken | None, *, failed: bool) -> Progress:
+        self._seal(sequence, count)
+        sequence.computed += count
+        end: FinishReason | None = None
+        if failed:
+            sampled, end = None, "error"
+        elif sampled is not None:
+            end = sequence.append(sampled)
+        if end is not None:
+            self.end(sequence)
+        return Progress(sequence, sampled is not None, end)
+
+    def _seal(self, sequence: Sequence, count: int) -> None:
+        first = sequence.computed // self.pool.block_tokens
+        for offset, digest in enumerate(self._digests_filled(sequence, count)):
+            self.pool.seal(sequence.blocks[first + offset], digest)
+
+    def _digests_filled(self, sequence: Sequence, count: int) -> Values[bytes]:
+        """Digests of the blocks that computing `count` more tokens fills."""
+        first = sequence.computed // self.pool.block_tokens
+        if (sequence.computed + count) // self.pool.block_tokens == first:
+            return ()
+        return self._digests(sequence, sequence.computed + count)[first:]
+
+    def _digests(self, sequence: Sequence, tokens: int) -> Values[bytes]:
+        """Digests of the blocks that the first `tokens` tokens fill; none without a prefix cache."""
+        if not self.pool.prefix_cache:
+            return ()
+        return sequence.digests(self._root, tokens // self.pool.block_tokens, self.pool.block_tokens)
+
+    def check(self) -> None:
+        """Assert that every block has the holders it should have and every sequence is where its phase says."""
+        self.pool.check([*(sequence.blocks for sequence in self.running), *self._ended_in_step])
+        assert self.running == sorted(self.running, key=_ORDER), "running sequences are out of order"
+        assert self.waiting == sorted(self.waiting, key=_ORDER), "waiting sequences are out of order"
+        assert all(sequence.phase is Phase.RUNNING for sequence in self.running), "a running sequence says otherwise"
+        assert all(sequence.phase is Phase.WAITING for sequence in self.waiting), "a waiting sequence says otherwise"
+        for sequence in self.running:
+            tokens = len(sequence.token_ids)
+            assert sequence.computed < tokens, f"{sequence.sequence} has nothing left to compute"
+            assert tokens <= len(sequence.blocks) * self.pool.block_tokens + 1, f"{sequence.sequence} lacks blocks"
+        assert not any(sequence.blocks or sequence.computed for sequence in self.waiting), "who waits holds something"
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return sequence.started and sequence.computed == len(sequence.token_ids) - 1

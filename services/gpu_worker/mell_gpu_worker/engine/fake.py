@@ -1,0 +1,192 @@
+"""An engine without a model: deterministic text from what its KV pool holds, at the speed of a latency model.
+
+Each position of a block holds a digest of its token chained over the digest before it, *as read from the pool through
+the block table*. A token is drawn from (seed, choice, output index, the newest digest, and digests of older blocks, in
+turn). A missing tail, a wrong block, a stale copy: each changes the text, which `expected_output` knows.
+"""
+
+import math
+import time
+from array import array
+from collections.abc import Sequence
+
+from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
+from mell_gpu_worker.engine.base import EngineError, EngineSpec
+from mell_gpu_worker.engine.options import EngineOptions
+from mell_shared.messages.frontend import TokenLogprobs
+from mell_shared.messages.sampling import SamplingParams
+from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
+
+DEFAULT_KV_BLOCKS = 4096
+DEFAULT_MODEL_LEN = 8192
+ALPHABET = b"abcdefghijklmnopqrstuvwxyz" + b"aeiounrst" + b" " * 12 + b"ABCDEFGHIJK" + b".,;!?-"
+"""What text is made of; 64 letters, so that six bits pick one."""
+_LETTERS = tuple(sorted(set(ALPHABET)))
+
+_MASK = 2**64 - 1
+_CHAIN = 0x9E3779B97F4A7C15
+_DRAW = 0xD1342543DE82EF95
+_EMPTY = 0x243F6A8885A308D3
+"""The digest before the first token."""
+_EOS_ONE_IN = 512
+_PROBE_TOKENS = 16
+"""Older digests are read one from each stretch of this length in turn, so that each block is soon looked at."""
+_PROBES = 2
+_FORCED, _BANNED = 50.0, -50.0
+"""A bias from here on decides alone."""
+
+
+class FakeEngine:
+    """The `fake` engine; see the module."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        if options.model != FAKE_MODEL:
+            raise EngineError(f"the fake engine serves the model {FAKE_MODEL!r}, not {options.model!r}; set --model")
+        if options.device not in ("auto", "cpu"):
+            raise EngineError(f"the fake engine runs on the CPU, not on {options.device!r}; set --device cpu")
+        self._options = options
+        kv_blocks = options.kv_blocks or DEFAULT_KV_BLOCKS
+        self._pool = array("Q", bytes(8 * kv_blocks * options.block_tokens))
+        self._spec = EngineSpec(
+            name="fake",
+            device="cpu",
+            kv_layout=f"fake-1-{options.block_tokens}",
+            max_model_len=options.max_model_len or DEFAULT_MODEL_LEN,
+            vocab_size=FAKE_VOCAB_SIZE,
+            eos_token_ids=(FAKE_EOS_ID,),
+            kv_blocks=kv_blocks,
+            block_tokens=options.block_tokens,
+            block_bytes=8 * options.block_tokens,
+            instant=not (options.fake_step_us or options.fake_sequence_us or options.fake_prefill_token_us),
+        )
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What this engine is."""
+        return self._spec
+
+    @property
+    def pool(self) -> "array[int]":
+        """The digests, `block_tokens` for each block."""
+        return self._pool
+
+    def execute(self, rows: Sequence[StepRow]) -> StepResult:
+        """Run one step; takes as long as the latency model says."""
+        sampled = tuple(self._run(row) for row in rows)
+        step_us = self.step_us(rows)
+        if step_us:
+            time.sleep(step_us / 1e6)
+        return StepResult(sampled, step_us)
+
+    def step_us(self, rows: Sequence[StepRow]) -> int:
+        """Return the time that the latency model gives a step."""
+        options = self._options
+        prefill_tokens = sum(row.count for row in rows if row.count > 1)
+        fixed = options.fake_step_us + options.fake_sequence_us * len(rows)
+        return fixed + options.fake_prefill_token_us * prefill_tokens
+
+    def check_grammar(self, text: str) -> str | None:
+        """Return why the grammar cannot be used, or None."""
+        del text
+        return "the fake engine has no grammars; serve a real model for structured output"
+
+    def close(self) -> None:
+        """Free the pool; safe to repeat."""
+        self._pool = array("Q")
+
+    def _run(self, row: StepRow) -> SampledToken | None:
+        digest = self._write(row)
+        if row.sampling is None:
+            return None
+        end = row.start + row.count
+        index = end - row.prompt_tokens
+        older = [self._read(row.block_table, position) for position in _probed(index, end - 1)]
+        return _draw(row.sampling, index, digest, older)
+
+    def _write(self, row: StepRow) -> int:
+        """Write the digests of a row's tokens; returns the last one."""
+        pool, size, table = self._pool, self._spec.block_tokens, row.block_table
+        position = row.start
+        digest = self._read(table, position - 1) if position else _EMPTY
+        for token in row.token_ids[position : position + row.count]:
+            digest = ((digest + token + 1) * _CHAIN) & _MASK
+            digest ^= digest >> 32
+            pool[table[position // size] * size + position % size] = digest
+            position += 1
+        return digest
+
+    def _read(self, table: Sequence[int], position: int) -> int:
+        size = self._spec.block_tokens
+        return self._pool[table[position // size] * size + position % size]
+
+
+def expected_output(prompt_ids: Sequence[int], sampling: SamplingParams, count: int) -> list[int]:
+    """Return the first `count` output tokens for a prompt, fewer if the end token comes: what no fault may change."""
+    digests: list[int] = []
+    output: list[int] = []
+    for token in prompt_ids:
+        digests.append(_chained(digests, token))
+    while len(output) < count and (not output or output[-1] != FAKE_EOS_ID):
+        older = [digests[position] for position in _probed(len(output), len(digests) - 1)]
+        output.append(_draw(sampling, len(output), digests[-1], older).token_id)
+        digests.append(_chained(digests, output[-1]))
+    return output
+
+
+def _chained(digests: Sequence[int], token: int) -> int:
+    digest = (((digests[-1] if digests else _EMPTY) + token + 1) * _CHAIN) & _MASK
+    return digest ^ (digest >> 32)
+
+
+def _probed(index: int, position: int) -> list[int]:
+    """Positions before `position` whose digests output `index` depends on besides the newest."""
+    stretches = position // _PROBE_TOKENS
+    if not stretches:
+        return []
+    first, offset = index * _PROBES, index * 5 % _PROBE_TOKENS
+    return [(first + probe) % stretches * _PROBE_TOKENS + offset for probe in range(_PROBES)]
+
+
+def _draw(sampling: SamplingParams, index: int, digest: int, older: Sequence[int]) -> SampledToken:
+    # Greedy output depends on no seed, as with any model.
+    value = index if sampling.temperature == 0 else index + sampling.seed * _DRAW + (sampling.choice << 32)
+    for part in (digest, *older):
+        value = ((value ^ part) * _DRAW) & _MASK
+        value ^= value >> 31
+    token = _token(sampling, index, value)
+    return SampledToken(token, None if sampling.logprobs is None else _logprobs(token, value, sampling.logprobs))
+
+
+def _token(sampling: SamplingParams, index: int, value: int) -> int:
+    ends = index >= sampling.min_tokens and not sampling.ignore_eos
+    if sampling.logit_bias:
+        return _biased_token(sampling.logit_bias, value, ends=ends)
+    if ends and (value >> 20) % _EOS_ONE_IN == 0:
+        return FAKE_EOS_ID
+    return ALPHABET[value & 63]
+
+
+def _biased_token(bias: dict[int, float], value: int, *, ends: bool) -> int:
+    forced = max(
+        (item for item in bias.items() if ends or item[0] != FAKE_EOS_ID), key=lambda item: item[1], default=None
+    )
+    if forced is not None and forced[1] >= _FORCED:
+        return forced[0]
+    if ends and bias.get(FAKE_EOS_ID, 0.0) > _BANNED and (value >> 20) % _EOS_ONE_IN == 0:
+        return FAKE_EOS_ID
+    letters = (ALPHABET[(value + step) & 63] for step in range(64))
+    return next((token for token in letters if bias.get(token, 0.0) > _BANNED), ALPHABET[value & 63])
+
+
+def _logprobs(token: int, value: int, alternatives: int) -> TokenLogprobs:
+    """Half to all of the probability for the chosen token, halves of what is left for the others in turn."""
+    chosen = 0.5 + (value >> 12) % 1000 / 2002
+    first = (value >> 32) % len(_LETTERS)
+    others = [letter for letter in _LETTERS[first:] + _LETTERS[:first] if letter != token]
+    ids = [token, *others][:alternatives]
+    shares = [chosen, *((1 - chosen) / 2**rank for rank in range(1, len(ids)))]
+    return TokenLogprobs(
+        logprob=math.log(chosen),
+        top_ids=ids,
+        top_logprobs=tuple(math.log(share) for share in shares[: len(ids)]),
+    )

@@ -1,0 +1,31 @@
+"""What an engine is built from: plain values, taken from the worker's settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Choices of model, device and memory; each engine reads what concerns it.
+
+    `kv_blocks` 0: as many as `memory_share` of the free memory gives. `max_model_len` 0: the model's context;
+    above it: an error. `threads` 0: all cores. A step computes at most `max_step_tokens` tokens over at most
+    `max_sequences` rows (for sizing buffers ahead). Fields `fake_*` are the fake engine's latency model.
+    """
+
+    engine: Literal["torch", "fake"]
+    model: str
+    model_dir: Path
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = 0
+    kv_blocks: int = 0
+    memory_share: float = 0.5
+    block_tokens: int = 16
+    max_model_len: int = 0
+    max_sequences: int = 256
+    max_step_tokens: int = 512
+    fake_step_us: int = 0
+    fake_sequence_us: int = 0
+    fake_prefill_token_us: int = 0

@@ -1,0 +1,81 @@
+"""Where the engine runs: one thread of its own, so that the event loop serves commands during a step."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from mell_gpu_worker.core.events import EngineFailed, StepFinished
+from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.engine.base import Engine, EngineError
+
+T = TypeVar("T")
+_Job = tuple[asyncio.Future[Any], Callable[[], Any]]
+
+
+class EngineThread:
+    """A thread that runs one job after another.
+
+    It is a daemon: a process told to stop while weights load, or while a step hangs, does stop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Return what `job` returns on the thread, or raise what it raises; if cancelled, `job` still runs."""
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put((done, job))
+        return await done
+
+    def close(self) -> None:
+        """End the thread after the jobs given so far; safe to repeat."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            done, job = entry
+            try:
+                result = job()
+            except BaseException as error:  # noqa: BLE001 - carried to whoever waits, not handled
+                self._settle(done, done.set_exception, error)
+            else:
+                self._settle(done, done.set_result, result)
+
+    def _settle(self, done: asyncio.Future[Any], settle: Callable[[Any], None], value: Any) -> None:
+        def set_once() -> None:
+            if not done.done():
+                settle(value)
+
+        try:
+            self._loop.call_soon_threadsafe(set_once)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+
+class EngineRunner:
+    """An engine and the thread that its steps run on, unless they are instant."""
+
+    def __init__(self, engine: Engine, thread: EngineThread) -> None:
+        self._engine = engine
+        self._thread = thread
+
+    async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
+        """Run one step and return what came of it; one at a time."""
+        try:
+            if not self._engine.spec.instant:
+                return StepFinished(await self._thread.run(lambda: self._engine.execute(rows)))
+            result = self._engine.execute(rows)
+        except EngineError as error:
+            return EngineFailed(str(error))
+        # Whoever waits for the event loop comes before the next step.
+        await asyncio.sleep(0)
+        return StepFinished(result)
+
+    async def grammar_fault(self, text: str) -> str | None:
+        """Return why the engine cannot use a grammar, or None; steps go on meanwhile."""
+        return await asyncio.to_thread(self._engine.check_grammar, text)

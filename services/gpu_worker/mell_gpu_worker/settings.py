@@ -1,0 +1,72 @@
+"""Every setting of a GPU worker, and the part of them that engines get to see."""
+
+import socket
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import CliImplicitFlag
+
+from mell_gpu_worker.engine.options import EngineOptions
+from mell_shared.models import DEFAULT_MODEL, FAKE_MODEL, default_model_dir
+from mell_shared.settings import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """What one GPU worker runs, on what, and how it behaves towards the cluster."""
+
+    worker_name: str = Field("worker", min_length=1, description="Name in status and logs; its id adds a fresh suffix.")
+    worker_host: str = Field(default_factory=socket.gethostname, description="Machine that the worker says it is on.")
+    engine: Literal["torch", "fake"] = Field(
+        "torch", description="`torch`: real models; `fake`: no weights, for tests."
+    )
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="Store name, folder or hub id of the model.")
+    served_model_name: str = Field("", description="Name that clients use for the model; empty: `model` itself.")
+    model_dir: Path = Field(default_factory=default_model_dir, description="Folder of pulled models.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and KV; `auto`: float32 on CPU, the model's own on CUDA."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores.")
+    kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
+    memory_share: float = Field(0.5, gt=0, le=0.95, description="Share of free memory for the KV pool.")
+    block_tokens: int = Field(16, ge=1, le=256, description="Tokens in one KV block; equal in the whole cluster.")
+    max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0: the model's context.")
+    max_sequences: int = Field(256, ge=1, description="Most sequences held at once.")
+    max_step_tokens: int = Field(512, ge=1, description="Most tokens computed in one engine step.")
+    prefix_cache: CliImplicitFlag[bool] = Field(True, description="Reuse the KV of equal beginnings.")
+
+    report_interval_s: float = Field(1.0, gt=0, le=60, description="Time between reports to the scheduler.")
+    status_interval_s: float = Field(1.0, gt=0, le=60, description="Time between stream statuses to frontends.")
+    frontend_silence_s: float = Field(30.0, gt=0, description="A frontend silent this long loses its sequences.")
+    stop_deadline_s: float = Field(30.0, ge=0, description="After SIGTERM, the longest wait for running sequences.")
+
+    fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")
+    fake_sequence_us: int = Field(0, ge=0, description="Fake engine: time added for each sequence in a step.")
+    fake_prefill_token_us: int = Field(0, ge=0, description="Fake engine: time added for each prompt token.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fake_engine_serves_fake(cls, values: dict[str, object]) -> dict[str, object]:
+        if values.get("engine") == "fake":
+            values.setdefault("model", FAKE_MODEL)
+        return values
+
+    @model_validator(mode="after")
+    def _step_holds_all_decodes(self) -> Self:
+        # Else a full batch of decodes would leave no budget for them all, and none for prefill.
+        if self.max_step_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences})"
+            )
+        return self
+
+    @property
+    def public_model(self) -> str:
+        """The model's name as clients and the scheduler know it."""
+        return self.served_model_name or self.model
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """What the engine gets to see."""
+        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.__dataclass_fields__})
