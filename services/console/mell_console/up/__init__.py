@@ -1,0 +1,1 @@
+"""`mell up`: a whole stack on one machine, as child processes of one command."""

@@ -1,0 +1,47 @@
+"""Asks the frontend whether the stack works as a whole: each service may be ready before they know each other."""
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from mell_shared.process import StartError
+
+_POLL_S = 0.1
+_ANSWER_S = 5.0
+
+
+async def await_workers(url: str, api_key: str, workers: int, deadline_s: float) -> None:
+    """Return when the frontend is ready and its scheduler knows `workers` active workers.
+
+    `deadline_s` is of the monotonic clock. Raises `StartError`.
+    """
+    seen = "nothing yet"
+    while time.monotonic() < deadline_s:
+        seen = await asyncio.to_thread(_missing, url, api_key, workers)
+        if not seen:
+            return
+        await asyncio.sleep(_POLL_S)
+    raise StartError(f"the services run but do not work together in time ({seen}): see the logs")
+
+
+def _missing(url: str, api_key: str, workers: int) -> str:
+    """Return what is still missing, or nothing."""
+    try:
+        _get(f"{url}/ready", api_key)
+        status = _get(f"{url}/admin/status", api_key)
+    except (OSError, ValueError) as error:
+        return str(error)
+    active = [worker for worker in status.get("workers", []) if worker.get("state") == "active"]
+    return "" if len(active) >= workers else f"{len(active)} of {workers} workers are known to the scheduler"
+
+
+def _get(url: str, api_key: str) -> Any:
+    request = urllib.request.Request(url)  # noqa: S310 - our own frontend's URL
+    if api_key:
+        request.add_header("authorization", f"Bearer {api_key}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=_ANSWER_S) as answer:
+        return json.loads(answer.read() or b"{}")

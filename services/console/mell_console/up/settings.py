@@ -1,0 +1,52 @@
+"""What `mell up` can be told."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from mell_shared.models import DEFAULT_MODEL, default_model_dir
+from mell_shared.settings import CommandLineSettings
+
+
+def _split(value: object) -> object:
+    """Let `--model a --model b`, `--model a,b` and MELL_MODEL=a,b mean the same."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class UpSettings(CommandLineSettings):
+    """A stack on this machine. Settings of single services go by their own MELL_ variables, which are passed on."""
+
+    model_config = SettingsConfigDict(cli_prog_name="mell up")
+
+    model: Names = Field((), description=f"Model to serve, may be repeated; {DEFAULT_MODEL} if none is named.")
+    served_model_name: Names = Field((), description="Names that clients use instead, one for each --model.")
+    engine: Literal["torch", "fake"] = Field("torch", description="`fake` needs no model: it invents text.")
+    workers: int = Field(2, ge=1, le=256, description="GPU workers; models and GPUs are dealt out in turn.")
+    host: str = Field("127.0.0.1", description="Interface of the HTTP port; 0.0.0.0 lets others in.")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")
+    devices: str = Field("auto", description="`auto`, `cpu`, or GPU indices such as 0,1.")
+    kv_blocks: int = Field(0, ge=0, description="KV blocks of each worker; 0: what `memory_share` gives.")
+    memory_share: float = Field(
+        0.0, ge=0, le=0.95, description="Of the free memory, for all KV together; 0: 0.5, and 0.85 of a GPU's."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and KV; `auto`: float32 on CPU, the model's own on CUDA."
+    )
+    max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0: the model's context.")
+    model_dir: Path = Field(default_factory=default_model_dir, description="Folder that models are kept in.")
+    nats_url: str = Field("", description="An outside broker to use; unset: one is started for this run.")
+    log_dir: str = Field("", description="Folder for this run's logs; empty: a new one in ~/.local/state/mell.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+    metrics_port: int = Field(
+        0, ge=0, le=65000, description="First of the metrics ports (scheduler, then workers); 0: none."
+    )
+    ready_s: float = Field(300.0, gt=0, description="How long the services may take to get ready.")
+    stop_s: float = Field(15.0, gt=0, description="How long each service may take to stop before it is killed.")

@@ -1,0 +1,189 @@
+"""A whole stack as child processes: started step by step, supervised, stopped in order."""
+
+import asyncio
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mell_console.up.broker import Broker
+from mell_console.up.child import Child, ChildSpec
+from mell_console.up.logfile import LogFile
+from mell_console.up.loglines import LogLine, last_words, parse_line
+from mell_console.up.plan import WorkerPlan
+from mell_console.up.ports import public_url
+from mell_console.up.probe import await_workers
+from mell_console.up.screen import Screen
+from mell_console.up.service import Notice, Service, ServicePorts
+from mell_console.up.settings import UpSettings
+from mell_console.up.specs import Launch
+from mell_shared.clock import Clock
+from mell_shared.models import ModelNotFoundError, locate_model
+from mell_shared.nats_bus import NatsBus
+from mell_shared.process import StartError
+
+_PULL_STOP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class StackPlan:
+    """What to start: settings, workers, the chosen port, the folder of this run, this process's environment."""
+
+    settings: UpSettings
+    workers: tuple[WorkerPlan, ...]
+    port: int
+    folder: Path
+    environment: Mapping[str, str]
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the frontend."""
+        return public_url(self.settings.host, self.port)
+
+    @property
+    def api_key(self) -> str:
+        """A bearer key that the frontend takes; empty if it asks for none."""
+        return self.environment.get("MELL_API_KEYS", "").strip('[]" ').partition(",")[0].strip('" ')
+
+
+class Stack:
+    """Broker, scheduler, workers, frontend. `start` and `stop` are called once each, on the main thread."""
+
+    def __init__(self, plan: StackPlan, screen: Screen, clock: Clock) -> None:
+        self._plan = plan
+        self._screen = screen
+        self._clock = clock
+        self._broker: Broker | None = None
+        self._tiers: dict[str, list[Service]] = {"frontend": [], "workers": [], "scheduler": []}
+        self._logs: list[LogFile] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start everything and return when a request would be answered; raises `StartError`."""
+        deadline_s = time.monotonic() + self._plan.settings.ready_s
+        launch = Launch(
+            self._plan.settings, sys.executable, self._plan.environment, await self._find_broker(), self._plan.port
+        )
+        scheduler = self._service(launch.scheduler(), "scheduler")
+        scheduler_ready = asyncio.create_task(self._await_ready(scheduler, "scheduler", deadline_s))
+        try:
+            await self._pull_models(launch)
+            # The frontend and the workers start side by side: both load much before they can talk.
+            specs = [launch.worker(part, number) for number, part in enumerate(self._plan.workers, start=1)]
+            others = [self._service(spec, "workers") for spec in specs]
+            others.append(self._service(launch.frontend(self._plan.workers), "frontend"))
+            await _all([scheduler_ready, *(self._ready_task(service, deadline_s) for service in others)])
+        finally:
+            scheduler_ready.cancel()
+        await await_workers(self._plan.url, self._plan.api_key, len(self._plan.workers), deadline_s)
+
+    async def stop(self) -> None:
+        """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""
+        for tier in self._tiers.values():
+            await asyncio.gather(*(service.stop(self._plan.settings.stop_s) for service in tier))
+        if self._broker is not None:
+            self._broker.stop()
+        await asyncio.gather(*self._tasks)
+        for log in self._logs:
+            log.close()
+
+    def kill(self) -> None:
+        """End every child at once; `stop` then has nothing to wait for."""
+        for tier in self._tiers.values():
+            for service in tier:
+                service.kill()
+
+    async def _find_broker(self) -> str:
+        outside = self._plan.settings.nats_url
+        self._screen.begin("broker")
+        if outside:
+            bus = await NatsBus.connect(outside, name="mell up")
+            await bus.close()
+            self._screen.end("broker", "outside NATS answers")
+            return outside
+        folder = self._plan.folder / "nats"
+        shutil.rmtree(folder, ignore_errors=True)  # a named log folder may hold an earlier run's streams
+        self._broker = Broker(folder, self._notify, self._clock)
+        self._broker.start()
+        self._tasks.append(asyncio.create_task(self._broker.run()))
+        self._screen.end("broker", "NATS with JetStream on loopback")
+        return self._broker.url
+
+    async def _pull_models(self, launch: Launch) -> None:
+        if self._plan.settings.engine == "fake":
+            return
+        for model in dict.fromkeys(part.model for part in self._plan.workers):
+            step = f"model {model}"
+            self._screen.begin(step)
+            try:
+                folder = locate_model(model, self._plan.settings.model_dir)
+            except ModelNotFoundError:
+                await self._pull(launch.pull(model), step)
+                folder = locate_model(model, self._plan.settings.model_dir)
+            self._screen.end(step, str(folder))
+
+    async def _pull(self, spec: ChildSpec, step: str) -> None:
+        lines: list[LogLine] = []
+
+        def heard(text: str) -> None:
+            line = parse_line(text)
+            if line.event == "progress":
+                fraction = line.fields.get("fraction")
+                done = "" if fraction is None else f" {fraction:.0%}"
+                self._screen.update(step, f"{line.fields.get('text')}{done}")
+            else:
+                lines.append(line)
+
+        child = await Child.start(spec, heard)
+        try:
+            code = await child.wait()
+        finally:
+            await child.stop(_PULL_STOP_S)
+        if code:
+            raise StartError(last_words(tuple(lines)))
+
+    def _service(self, spec: ChildSpec, tier: str) -> Service:
+        log = LogFile(self._plan.folder / f"{spec.name}.log")
+        service = Service(spec, ServicePorts(log, self._notify, self._clock))
+        self._logs.append(log)
+        self._tiers[tier].append(service)
+        self._tasks.append(asyncio.create_task(service.run()))
+        self._screen.begin(spec.name)
+        return service
+
+    def _ready_task(self, service: Service, deadline_s: float) -> "asyncio.Task[None]":
+        return asyncio.create_task(self._await_ready(service, service.name, deadline_s))
+
+    async def _await_ready(self, service: Service, step: str, deadline_s: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                fields = await service.ready()
+        except TimeoutError as error:
+            raise StartError(
+                f"{service.name} is not ready after {self._plan.settings.ready_s:g} s: see "
+                f"{self._plan.folder / service.name}.log, or raise --ready-s"
+            ) from error
+        self._screen.end(step, describe_ready(fields))
+
+    def _notify(self, notice: Notice) -> None:
+        self._screen.say(f"{notice.service}: {notice.text}", notice.level)
+
+
+def describe_ready(fields: Mapping[str, Any]) -> str:
+    """Return what a `ready` event says of its service, for people."""
+    parts = [str(fields[name]) for name in ("model", "models", "engine", "device", "policy", "url") if fields.get(name)]
+    if fields.get("kv_blocks"):
+        parts.append(f"{fields['kv_blocks']} KV blocks")
+    return ", ".join(parts) or "ready"
+
+
+async def _all(tasks: "list[asyncio.Task[None]]") -> None:
+    """Wait for all; at the first failure cancel the others and raise it."""
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
