@@ -116,6 +116,7 @@ class MemoryRun:
     def _report(self) -> None:
         for gpu in [gpu for gpu in self._busy.values() if not gpu.sequences and not gpu.incoming]:
             del self._busy[gpu.gpu_id]
+            gpu.tokens = 0
         grown = self._rate * self._tick
         for gpu in self._busy.values():
             sizes = [int(s.offset + grown) for s in gpu.sequences.values()]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from mell_scheduler.sim.series import Series, Window, percentile, windowed
@@ -86,7 +85,7 @@ _COLUMNS = ("policy", "GPUs", "saved", "peak", "ratio", "use %", "moves/s", "tok
 def as_table(report: Report) -> Table:
     """One row per policy; the saving is against the policy that needs most GPUs."""
     table = Table(
-        title=f"{report.trace}: GPUs needed, by policy", caption=_caption(report), box=SIMPLE, padding=(0, 1, 0, 0)
+        title=f"{report.trace}: GPUs needed, by policy", caption=_caption(report), box=None, padding=(0, 1, 0, 0)
     )
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
