@@ -88,6 +88,11 @@ class NatsBus:
         """Counts since start."""
         return self._deliveries.stats
 
+    @property
+    def client(self) -> Client:
+        """The connection itself, for `nats_key_value`, which shares its fate; nobody else."""
+        return self._client
+
     async def watch(self) -> None:
         """Return when the bus is closed; raise what a handler raised, or `BusClosedError`."""
         await self._deliveries.watch()
