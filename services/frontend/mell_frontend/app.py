@@ -1,0 +1,283 @@
+"""The HTTP application: routes, and the one place where problems become OpenAI error bodies."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
+from mell_frontend.asgi import App, Receive, Scope, Send
+from mell_frontend.edge import Guard, Recorder
+from mell_frontend.errors import ApiError, bad_request, from_generation
+from mell_frontend.generation import Gateway, GenerationError
+from mell_frontend.metrics import FrontendMetrics
+from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
+from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.record import RequestRecord
+from mell_frontend.respond import Exchange, Responder
+from mell_frontend.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+    unknown_fields,
+)
+from mell_frontend.schema.base import ApiModel
+from mell_frontend.served import ServedModel
+from mell_frontend.settings import FrontendSettings
+from mell_shared.clock import Clock, SystemClock
+from mell_shared.ids import request_id
+
+R = TypeVar("R", bound=ApiModel)
+T = TypeVar("T")
+
+_BODIES: dict[str, type[ApiModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+_INLINE_BODY_BYTES = 16_384
+"""Larger bodies are read in a thread, so that other streams go on meanwhile."""
+
+
+def create_app(
+    settings: FrontendSettings,
+    gateway: Gateway,
+    models: Sequence[ServedModel],
+    registry: CollectorRegistry,
+    clock: Clock | None = None,
+) -> App:
+    """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`."""
+    clock = clock or SystemClock()
+    api = _Api(settings, gateway, models, clock)
+    site = FastAPI(title="Mell", version=version("mell"), redoc_url=None, summary="OpenAI-compatible inference")
+    api.add_routes(site)
+    _add_probes(site, gateway, registry)
+    _add_error_handlers(site)
+    site.openapi = lambda: _openapi(site)  # type: ignore[method-assign]
+    app: App = Guard(site, settings)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site))), clock)
+
+
+class _Api:
+    """The endpoints that need models or the gateway."""
+
+    def __init__(
+        self, settings: FrontendSettings, gateway: Gateway, models: Sequence[ServedModel], clock: Clock
+    ) -> None:
+        self._settings = settings
+        self._gateway = gateway
+        self._models = {model.name: model for model in models}
+        self._responder = Responder(gateway, clock)
+        self._created = int(time.time())
+
+    def add_routes(self, site: FastAPI) -> None:
+        site.post("/v1/chat/completions", summary="Go on with a conversation")(self.chat)
+        site.post("/v1/completions", summary="Go on with a text (legacy)")(self.completion)
+        site.get("/v1/models", summary="The models served")(self.list_models)
+        site.get("/v1/models/{name:path}", summary="One model")(self.show_model)
+        site.post("/tokenize", summary="Text or messages to token ids")(self.tokenize)
+        site.post("/detokenize", summary="Token ids to text")(self.detokenize)
+        site.get("/admin/status", summary="The cluster as the scheduler sees it")(self.status)
+
+    async def chat(self, request: Request) -> Response:
+        job = await _read(request, ChatCompletionRequest, lambda r: prepare_chat(r, self._models, self._settings))
+        head = Head(request_id("chatcmpl"), int(time.time()))
+        if job.stream:
+            return self._answered(
+                request, job, lambda ex: self._responder.stream(job, head, StreamedChat(job, head), ex)
+            )
+        return self._answered(request, job, lambda ex: self._responder.whole(job, head, WholeChat(job, head), ex))
+
+    async def completion(self, request: Request) -> Response:
+        job = await _read(request, CompletionRequest, lambda r: prepare_completion(r, self._models, self._settings))
+        head = Head(request_id("cmpl"), int(time.time()))
+        if job.stream:
+            streamed = StreamedCompletion(job, head)
+            return self._answered(request, job, lambda ex: self._responder.stream(job, head, streamed, ex))
+        return self._answered(request, job, lambda ex: self._responder.whole(job, head, WholeCompletion(job, head), ex))
+
+    async def list_models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card(model) for model in self._models.values()]}
+
+    async def show_model(self, name: str) -> dict[str, Any]:
+        return self._card(find_model(self._models, name))
+
+    async def tokenize(self, request: Request) -> Response:
+        return JSONResponse(await _read(request, TokenizeRequest, self._tokenize))
+
+    async def detokenize(self, request: Request) -> Response:
+        return JSONResponse(await _read(request, DetokenizeRequest, self._detokenize))
+
+    async def status(self) -> dict[str, Any]:
+        return (await self._gateway.status()).model_dump(mode="json")
+
+    def _answered(self, request: Request, job: Job, run: Callable[[Exchange], Coroutine[Any, Any, None]]) -> Response:
+        record = _record(request)
+        record.model, record.stream, record.choices = job.model.name, job.stream, job.choices
+        return _Answer(record, run)
+
+    def _card(self, model: ServedModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "mell",
+            "root": model.model,
+            "max_model_len": model.max_model_len,
+        }
+
+    def _tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        model = find_model(self._models, request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("Give either prompt or messages.", "prompt", "invalid_value")
+        if request.messages is not None:
+            ids = chat_prompt(
+                model,
+                request.messages,
+                request.tools,
+                request.chat_template_kwargs,
+                add_generation_prompt=request.add_generation_prompt,
+            )
+        else:
+            ids = model.tokenizer.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
+        texts = None
+        if request.return_token_strs:
+            texts = [model.tokenizer.token_bytes(token).decode(errors="replace") for token in ids]
+        return {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": texts}
+
+    def _detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+        model = find_model(self._models, request.model)
+        check_ids(model, request.tokens, "tokens")
+        return {"prompt": model.tokenizer.decode(request.tokens)}
+
+
+class _Answer(Response):
+    """A response that writes itself to the connection, without the framework's layers for streams."""
+
+    def __init__(self, record: RequestRecord, run: Callable[[Exchange], Coroutine[Any, Any, None]]) -> None:
+        super().__init__()
+        self._record = record
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._run(Exchange(receive, send, self._record))
+
+
+def _record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.scope["state"]["record"]
+    return record
+
+
+async def _read(request: Request, model: type[R], then: Callable[[R], T]) -> T:
+    """Return what `then` makes of the request's body; raises `ApiError`."""
+    body = await request.body()
+
+    def work() -> tuple[R, T]:
+        parsed = parse(model, body)
+        return parsed, then(parsed)
+
+    parsed, result = await asyncio.to_thread(work) if len(body) > _INLINE_BODY_BYTES else work()
+    record = _record(request)
+    record.unknown_fields, record.unknown_count = unknown_fields(parsed)
+    return result
+
+
+def _add_probes(site: FastAPI, gateway: Gateway, registry: CollectorRegistry) -> None:
+    @site.get("/health", summary="Whether this process lives")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @site.get("/ready", summary="Whether requests can be served now")
+    async def ready() -> Response:
+        if gateway.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready"}, status_code=503)
+
+    @site.get("/version", summary="The release")
+    async def show_version() -> dict[str, str]:
+        return {"version": version("mell")}
+
+    @site.get("/metrics", summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _paths(site: FastAPI) -> list[str]:
+    return list(site.openapi()["paths"])
+
+
+def _add_error_handlers(site: FastAPI) -> None:
+    async def on_api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        _record(request).error = error.code or error.kind
+        return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+    async def on_generation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, GenerationError)
+        return await on_api_error(request, from_generation(error))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return await on_api_error(request, _routing_error(request, error, _paths(site)))
+
+    async def on_client_gone(request: Request, error: Exception) -> Response:
+        _record(request).disconnected = True
+        return Response(status_code=499)
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return await on_api_error(request, ApiError(500, "The server failed; the fault is logged.", code="internal"))
+
+    site.add_exception_handler(ApiError, on_api_error)
+    site.add_exception_handler(GenerationError, on_generation_error)
+    site.add_exception_handler(HTTPException, on_http_error)
+    site.add_exception_handler(ClientDisconnect, on_client_gone)
+    site.add_exception_handler(Exception, on_bug)
+
+
+def _routing_error(request: Request, error: HTTPException, paths: Sequence[str]) -> ApiError:
+    path = request.scope["path"][:200]
+    if error.status_code == 405:
+        fault = ApiError(405, f"{request.method[:20]} is not allowed on {path}.", code="method_not_allowed")
+        fault.headers.update(error.headers or {})
+        return fault
+    if error.status_code == 404:
+        return ApiError(404, f"There is no {path} here. There are: {', '.join(paths)}.", code="not_found")
+    return ApiError(error.status_code, str(error.detail))
+
+
+def _openapi(site: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document, with the bodies that the routes read by themselves."""
+    if site.openapi_schema is None:
+        document = get_openapi(title=site.title, version=site.version, summary=site.summary, routes=site.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for path, model in _BODIES.items():
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
+            reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+            body = {"required": True, "content": {"application/json": {"schema": reference}}}
+            document["paths"][path]["post"]["requestBody"] = body
+        site.openapi_schema = document
+    return site.openapi_schema

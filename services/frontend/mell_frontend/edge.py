@@ -1,0 +1,135 @@
+"""What every request passes before it reaches a route: its id, its log line, the limits and the keys. Plain ASGI."""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+
+import structlog
+
+from mell_frontend.asgi import App, Message, Receive, Scope, Send, send_json
+from mell_frontend.errors import ApiError
+from mell_frontend.metrics import FrontendMetrics
+from mell_frontend.record import RequestRecord
+from mell_frontend.settings import FrontendSettings
+from mell_shared.clock import Clock
+from mell_shared.ids import request_id
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
+"""What asks for no key: probes and descriptions, nothing about requests."""
+
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+_log = structlog.get_logger()
+
+
+class Recorder:
+    """Gives every request a record (`scope["state"]["record"]`) and an `x-request-id`; logs and counts it once."""
+
+    def __init__(self, app: App, metrics: FrontendMetrics, clock: Clock) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken = _header(scope, b"x-request-id")
+        identity = taken.decode() if taken and _REQUEST_ID.fullmatch(taken) else request_id("req")
+        record = RequestRecord(identity, scope["method"], scope["path"], self._clock.now_us())
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                await self._app(scope, receive, send_noting)
+            finally:
+                self._finish(record)
+
+    def _finish(self, record: RequestRecord) -> None:
+        now_us = self._clock.now_us()
+        if record.disconnected:
+            record.status = record.status or 499
+        self._metrics.observe(record, now_us)
+        log = _log.debug if record.path in _QUIET_PATHS else _log.info
+        log("request", **record.fields(now_us))
+
+
+class Guard:
+    """Refuses requests that are too large or have no right key, before anything of them is kept."""
+
+    def __init__(self, app: App, settings: FrontendSettings) -> None:
+        self._app = app
+        self._max_body_bytes = settings.max_body_bytes
+        self._max_header_bytes = settings.max_header_bytes
+        self._key_digests = [_digest(key.encode()) for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        fault = self._fault(scope)
+        if fault is None:
+            await self._app(scope, self._limited(receive), send)
+        else:
+            scope["state"]["record"].error = fault.code
+            await send_json(send, fault.status, fault.body(), fault.headers)
+
+    def _fault(self, scope: Scope) -> ApiError | None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._max_header_bytes or len(scope.get("query_string", b"")) > self._max_header_bytes:
+            return ApiError(
+                431, f"The headers are larger than {self._max_header_bytes} bytes.", code="headers_too_large"
+            )
+        if self._key_digests and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+            fault = ApiError(401, "Incorrect or missing API key: send it as `Authorization: Bearer KEY`.")
+            fault.code = "invalid_api_key"
+            fault.headers["WWW-Authenticate"] = "Bearer"
+            return fault
+        length = _header(scope, b"content-length") or b"0"
+        if length.isdigit() and int(length[:20]) > self._max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _has_key(self, scope: Scope) -> bool:
+        """Compare with every key, each in constant time, whichever is right."""
+        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+        digest = _digest(key.strip())
+        right = [hmac.compare_digest(digest, known) for known in self._key_digests]
+        return scheme.lower() == b"bearer" and any(right)
+
+    def _limited(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def receive_counting() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return receive_counting
+
+    def _too_large(self) -> ApiError:
+        fault = ApiError(413, f"The body is larger than {self._max_body_bytes} bytes.", code="body_too_large")
+        fault.headers["Connection"] = "close"
+        return fault
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+    return next((value for key, value in headers if key == name), None)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,173 @@
+"""Runs one job and sends its answer: streams in, one write per wake-up out. Knows ASGI, but no web framework."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from mell_frontend.answer import Head, StreamedAnswer, Usage, WholeAnswer
+from mell_frontend.asgi import Receive, Send, send_events, send_json, start_event_stream, wait_for_disconnect
+from mell_frontend.choice import ChoiceText, Piece
+from mell_frontend.errors import ApiError, from_generation
+from mell_frontend.generation import Gateway, GenerationError, Waiting
+from mell_frontend.prepare import Job
+from mell_frontend.reading import Reader, StreamEvent, open_streams
+from mell_frontend.record import RequestRecord
+from mell_frontend.sse import comment, error_event
+from mell_frontend.stop import StopMatcher
+from mell_frontend.tools import ToolParser
+from mell_shared.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One HTTP request's ends, and its record."""
+
+    receive: Receive
+    send: Send
+    record: RequestRecord
+
+
+class Responder:
+    """Answers jobs; holds nothing between them."""
+
+    def __init__(self, gateway: Gateway, clock: Clock) -> None:
+        self._gateway = gateway
+        self._clock = clock
+
+    async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
+        """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
+        await _while_connected(exchange, self._stream(job, head, answer, exchange))
+
+    async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
+        """Answer with one JSON body."""
+        await _while_connected(exchange, self._whole(job, head, answer, exchange))
+
+    async def _stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
+        started = False
+        async with open_streams(self._gateway, job.sequences(head.id)) as reader:
+            run = _Run(job, reader, exchange.record, self._clock)
+            try:
+                while run.open_choices:
+                    events = await run.next()
+                    if not started:
+                        await start_event_stream(exchange.send)
+                    text = "" if started else answer.begin()
+                    started = True
+                    text += _shown(answer, events)
+                    if not run.open_choices:
+                        text += answer.end(run.usage())
+                    if text:
+                        await send_events(exchange.send, text, more=run.open_choices > 0)
+            except ApiError as error:
+                exchange.record.error = error.code or error.kind
+                if started:
+                    await send_events(exchange.send, error_event(error.body()), more=False)
+                else:
+                    await send_json(exchange.send, error.status, error.body(), error.headers)
+            finally:
+                run.note_usage()
+
+    async def _whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
+        async with open_streams(self._gateway, job.sequences(head.id)) as reader:
+            run = _Run(job, reader, exchange.record, self._clock)
+            try:
+                while run.open_choices:
+                    for choice, event in await run.next():
+                        if isinstance(event, Piece):
+                            answer.piece(choice, event)
+                await send_json(exchange.send, 200, answer.body(run.usage()))
+            except ApiError as error:
+                exchange.record.error = error.code or error.kind
+                await send_json(exchange.send, error.status, error.body(), error.headers)
+            finally:
+                run.note_usage()
+
+
+def _shown(answer: StreamedAnswer, events: list[tuple[int, Waiting | Piece]]) -> str:
+    """Return the text of one write."""
+    parts = []
+    position = -1
+    for choice, event in events:
+        if isinstance(event, Piece):
+            parts.append(answer.piece(choice, event))
+        else:
+            position = max(position, event.position)
+    if position >= 0:
+        parts.append(comment(f"queued {position}"))
+    return "".join(parts)
+
+
+class _Run:
+    """A job while it runs: each choice's text, and how many of them have not ended."""
+
+    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock) -> None:
+        self._job = job
+        self._reader = reader
+        self._record = record
+        self._clock = clock
+        self._texts = [_choice_text(job, choice) for choice in range(job.choices)]
+        self._ended = [False] * job.choices
+        self.open_choices = job.choices
+
+    async def next(self) -> list[tuple[int, Waiting | Piece]]:
+        """Return what is new in choices that have not ended; raises `ApiError`."""
+        events = await self._reader.next()
+        return [(choice, self._take(choice, event)) for choice, event in events if not self._ended[choice]]
+
+    def usage(self) -> Usage:
+        """Return what has been used so far; of a prompt's choices the least cached counts."""
+        n = self._job.n
+        cached = [text.cached_tokens for text in self._texts]
+        return Usage(
+            prompt_tokens=sum(map(len, self._job.prompts)),
+            completion_tokens=sum(text.tokens for text in self._texts),
+            cached_tokens=sum(min(cached[first : first + n]) for first in range(0, len(cached), n)),
+        )
+
+    def note_usage(self) -> None:
+        """Write what was used into the record."""
+        usage = self.usage()
+        self._record.prompt_tokens = usage.prompt_tokens
+        self._record.completion_tokens = usage.completion_tokens
+        self._record.cached_tokens = usage.cached_tokens
+
+    def _take(self, choice: int, event: StreamEvent) -> Waiting | Piece:
+        if isinstance(event, GenerationError):
+            raise from_generation(event) from event
+        if isinstance(event, Waiting):
+            self._record.queued = True
+            return event
+        if event.finish_reason in ("cancelled", "error"):
+            raise from_generation(GenerationError("failed", "The engine could not go on with this request."))
+        if self._record.first_token_us is None and event.token_ids:
+            self._record.first_token_us = self._clock.now_us()
+        piece = self._texts[choice].push(event)
+        if piece.finish is not None:
+            self._end(choice, piece.finish)
+        return piece
+
+    def _end(self, choice: int, reason: str) -> None:
+        self._ended[choice] = True
+        self.open_choices -= 1
+        self._record.finished(reason)
+        self._reader.end(choice)
+
+
+def _choice_text(job: Job, choice: int) -> ChoiceText:
+    return ChoiceText(
+        job.model.tokenizer.detokenizer(job.prompts[choice // job.n]),
+        StopMatcher(job.stops) if job.stops else None,
+        ToolParser() if job.parse_tools else None,
+        job.sampling.min_tokens,
+    )
+
+
+async def _while_connected(exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` until it is done or the client has gone; then it is cancelled, which closes its streams at once."""
+    async with asyncio.TaskGroup() as group:
+        working = group.create_task(work)
+        watching = group.create_task(wait_for_disconnect(exchange.receive))
+        working.add_done_callback(lambda _: watching.cancel())
+        watching.add_done_callback(lambda watched: watched.cancelled() or working.cancel())
+    exchange.record.disconnected = working.cancelled()

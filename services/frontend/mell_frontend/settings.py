@@ -1,0 +1,44 @@
+"""The frontend's settings: where it listens, what it serves, who may ask, and how much at once."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from mell_shared.models import DEFAULT_MODEL, default_model_dir
+from mell_shared.settings import ServiceSettings
+
+StringList = Annotated[list[str], NoDecode]
+"""Several values: the flag repeated, or one text separated by commas, or a JSON list."""
+
+
+class FrontendSettings(ServiceSettings):
+    """What a frontend needs to know."""
+
+    host: str = Field("127.0.0.1", description="Interface to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    models: StringList = Field(
+        [DEFAULT_MODEL], min_length=1, description="Models to serve, each `MODEL` or `SERVED=MODEL`; may be repeated."
+    )
+    model_dir: Path = Field(default_factory=default_model_dir, description="Folder that pulled models are kept in.")
+    max_model_len: int | None = Field(None, ge=1, description="Context in tokens; default: what the model says.")
+    api_keys: StringList = Field([], description="Bearer keys that may ask; none: everyone may.")
+    cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
+    max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")
+    max_sequences: int = Field(128, ge=1, description="Most choices of one request, over all its prompts.")
+    max_stop: int = Field(16, ge=1, description="Most stop strings of one request.")
+    max_stop_chars: int = Field(256, ge=1, description="Longest stop string.")
+    max_logit_bias: int = Field(1024, ge=0, description="Most `logit_bias` entries of one request.")
+    max_tools: int = Field(128, ge=1, description="Most tools of one request.")
+
+    @field_validator("models", "api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return [part.strip() for part in value.split(",") if part.strip()]
