@@ -1,11 +1,11 @@
 """The embedded broker of one run: watched, and started again on the same port when it dies."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from mell_console.up.backoff import next_delay_us
+from mell_console.up.exits import exited
 from mell_console.up.service import Notice
 from mell_shared.clock import Clock
 from mell_shared.nats_server import NatsServer, NatsServerError
@@ -68,15 +68,12 @@ class Broker:
         return True
 
     async def _ended_or_stopping(self) -> None:
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        handle = os.pidfd_open(self._server.pid)
-        loop.add_reader(handle, ended.set)
-        waits = [asyncio.create_task(event.wait()) for event in (ended, self._stopping)]
+        waits = [asyncio.create_task(exited(self._server.pid)), asyncio.create_task(self._wait_for_stop())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-            loop.remove_reader(handle)
-            os.close(handle)
+
+    async def _wait_for_stop(self) -> None:
+        await self._stopping.wait()

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mell_console.up.exits import exited
 from mell_shared.process import death_with_parent
 
 _LONGEST_LINE = 1 << 20
@@ -78,11 +79,11 @@ class Child:
 
     async def _run(self, on_line: Callable[[str], None]) -> int:
         reading = asyncio.create_task(self._read_lines(on_line))
-        code = await self._process.wait()
+        await exited(self._process.pid)
         # What it left running could hold the pipe open for ever, and would be an orphan.
         self.kill()
         await reading
-        return code
+        return await self._process.wait()
 
     async def _read_lines(self, on_line: Callable[[str], None]) -> None:
         assert self._process.stdout is not None, "the child was started with a pipe"
