@@ -6,11 +6,14 @@ shared) goes to the policy as the worker's other blocks.
 """
 
 from collections.abc import Collection
+from typing import Literal
 
 from mell_scheduler.core.records import ModelRecord, SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
 from mell_shared.messages.scheduler import PlaceRequest, SequenceFinished, WorkerReport, WorkerSpec
+
+Standing = Literal["active", "draining", "standby", "silent"]
 
 
 class Ledger:
@@ -76,9 +79,13 @@ class Ledger:
         """What the policy may still give away there; negative when growth is predicted to overload it."""
         return worker.spec.kv_blocks - self._policy.used_blocks(worker.worker_id)
 
-    def idle(self, worker: WorkerRecord) -> bool:
-        """Whether the worker is a standby: ready and empty."""
-        return self._policy.state(worker.worker_id) is GpuState.STANDBY
+    def standing(self, worker: WorkerRecord) -> Standing:
+        """How operators see the worker; `standby` is ready and empty."""
+        if worker.silent:
+            return "silent"
+        if worker.draining:
+            return "draining"
+        return "standby" if self._policy.state(worker.worker_id) is GpuState.STANDBY else "active"
 
     # --- reports
 

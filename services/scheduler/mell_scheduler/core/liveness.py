@@ -29,6 +29,11 @@ class Liveness:
         self._graves.pop(worker, None)
         self._graves[worker] = (left, -1 if number is None else number, now_us + _REMEMBER_US)
 
+    def pardon(self, now_us: int) -> None:
+        """Count everybody's silence from now on."""
+        for worker in self._ledger.workers.values():
+            worker.heard_us = now_us
+
     def review(self, now_us: int) -> tuple[list[Command], list[str]]:
         """Silence and forget workers; returns what to tell, and the models whose workers changed."""
         commands: list[Command] = []

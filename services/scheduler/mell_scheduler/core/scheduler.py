@@ -14,6 +14,7 @@ from mell_scheduler.core.values import (
     AskReport,
     Change,
     Command,
+    ConnectionRestored,
     CoreSettings,
     Event,
     LeadershipEnded,
@@ -77,6 +78,9 @@ class SchedulerCore:
                 commands = [AskReport(None)]
             case LeadershipEnded():
                 commands = self._ended()
+            case ConnectionRestored():
+                self._liveness.pardon(now_us)
+                commands = [AskReport(None)]
         return commands
 
     # --- workers

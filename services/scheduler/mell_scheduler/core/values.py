@@ -55,6 +55,11 @@ class LeadershipEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionRestored:
+    """The scheduler's own connection was down, and with it every report: nobody's silence counts."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlaceRequested:
     """A frontend asked for a place; it gets exactly one `Reply` with this handle."""
 
@@ -70,6 +75,7 @@ class Tick:
 Event = (
     LeadershipTaken
     | LeadershipEnded
+    | ConnectionRestored
     | PlaceRequested
     | WorkerJoined
     | WorkerReport

@@ -1,0 +1,56 @@
+"""`python -m mell_scheduler`: builds one scheduler from its settings and runs it until it is told to stop."""
+
+import asyncio
+import sys
+
+import structlog
+
+from mell_scheduler.candidate import AlwaysLeads, Candidate
+from mell_scheduler.lease import Lease, LeaseSettings
+from mell_scheduler.service import Contest, SchedulerService
+from mell_scheduler.settings import SchedulerSettings
+from mell_shared.clock import Clock, SystemClock
+from mell_shared.ids import process_id
+from mell_shared.log import configure_logging
+from mell_shared.metrics import BusCollector, serve_metrics
+from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_key_value import NatsKeyValue
+from mell_shared.process import run_service
+
+
+def main(arguments: list[str]) -> None:
+    """Run the service that `arguments` describe; returns after a clean stop."""
+    settings = SchedulerSettings.from_command_line(arguments)
+    process = process_id(settings.scheduler_name)
+    configure_logging(settings.log_level, settings.log_format, service="scheduler", process=process)
+    run_service(lambda stop: serve(settings, process, stop))
+
+
+async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) -> None:
+    """Connect, run and disconnect one scheduler; returns when `stop` is set and all is cleaned up."""
+    bus = await NatsBus.connect(settings.nats_url, name=process)
+    try:
+        clock = SystemClock()
+        contest = build_contest(settings, process, bus, clock)
+        service = SchedulerService(bus, settings, contest, process=process, clock=clock)
+        service.registry.register(BusCollector(bus))
+        async with serve_metrics(
+            service.registry, lambda: service.healthy, host=settings.metrics_host, port=settings.metrics_port
+        ):
+            await service.run(stop)
+    finally:
+        await bus.close()
+    structlog.get_logger().info("stopped")
+
+
+def build_contest(settings: SchedulerSettings, process: str, bus: NatsBus, clock: Clock) -> Contest:
+    """Return how the scheduler comes to lead."""
+    if settings.lease == "off":
+        return AlwaysLeads()
+    lease = LeaseSettings()
+    store = NatsKeyValue(bus, f"{settings.subject_prefix}-scheduler", lease.ttl_us / 1_000_000)
+    return Candidate(Lease(process, lease), store, clock)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,254 @@
+"""The scheduler's shell: hands what comes over the bus to the core, and sends what it says. Decides nothing."""
+
+import asyncio
+import time
+from typing import Protocol
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from mell_scheduler.candidate import Leadership
+from mell_scheduler.core import (
+    Announce,
+    AskReport,
+    Command,
+    ConnectionRestored,
+    Event,
+    LeadershipEnded,
+    LeadershipTaken,
+    PlaceRequested,
+    Reply,
+    SchedulerCore,
+    Tick,
+)
+from mell_scheduler.core.journal import header_line
+from mell_scheduler.core.status import worker_statuses
+from mell_scheduler.event_log import EventLog
+from mell_scheduler.inbox import Inbox
+from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
+from mell_scheduler.policy import make_policy
+from mell_scheduler.settings import SchedulerSettings
+from mell_shared.actor import Actor
+from mell_shared.bus import Bus, BusError, Delivery, Subscription
+from mell_shared.clock import Clock
+from mell_shared.codec import encode
+from mell_shared.messages.admin import Status
+from mell_shared.messages.base import Message
+from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
+from mell_shared.messages.worker import Report
+from mell_shared.subjects import Subjects
+
+_TICK_S = 0.1
+_LOUD = ("lost", "silent", "refused")
+
+
+class Contest(Protocol):
+    """How this scheduler comes to lead: `AlwaysLeads` or `Candidate`."""
+
+    async def prepare(self) -> None:
+        """Check that standing for leader is possible; raises `StartError`."""
+        ...
+
+    def leads(self) -> bool:
+        """Whether this scheduler may decide now."""
+        ...
+
+    async def run(self, leadership: Leadership) -> None:
+        """Stand for leader until cancelled."""
+        ...
+
+    async def resign(self) -> None:
+        """Give up what is held."""
+        ...
+
+
+class SchedulerService:
+    """One scheduler process. While it leads it has a core and listens; else it only stands for leader."""
+
+    def __init__(self, bus: Bus, settings: SchedulerSettings, contest: Contest, *, process: str, clock: Clock) -> None:
+        self._bus = bus
+        self._settings = settings
+        self._contest = contest
+        self._process = process
+        self._clock = clock
+        self._started_us = clock.now_us()
+        self._subjects = Subjects(settings.subject_prefix)
+        self._actor: Actor[Event] = Actor("scheduler", self._handle)
+        self._tally = Tally()
+        self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
+        self._core: SchedulerCore | None = None
+        self._subscriptions: list[Subscription] = []
+        self._event_log = self._open_event_log()
+        self._registry = CollectorRegistry()
+        self._decision_seconds = decision_seconds(self._registry)
+        self._registry.register(SchedulerCollector(self._tally, lambda: self._core))
+        self._log = structlog.get_logger()
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The metrics of this service."""
+        return self._registry
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can do its part: decide, or stand by."""
+        return self._bus.connected
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then leave in order: answer who waits, give the lease back."""
+        await self._contest.prepare()
+        self._bus.on_reconnect(self._reconnected)
+        async with asyncio.TaskGroup() as group:
+            actor = group.create_task(self._actor.run(self._start_ticking))
+            beside = [group.create_task(self._bus.watch()), group.create_task(self._contest.run(self))]
+            await stop.wait()
+            self._actor.post(LeadershipEnded())
+            self._actor.stop()
+            await actor
+            for task in beside:
+                task.cancel()
+        await self._contest.resign()
+        if self._event_log is not None:
+            self._event_log.close()
+
+    def _start_ticking(self) -> None:
+        self._actor.every(_TICK_S, Tick)
+
+    def _reconnected(self) -> None:
+        self._actor.post(ConnectionRestored())
+
+    # --- leadership, told by the contest
+
+    def begin(self, term: int) -> None:
+        """This scheduler leads from now on."""
+        self._actor.post(LeadershipTaken(term))
+
+    def end(self) -> None:
+        """It leads no more."""
+        self._log.warning("leadership_lost")
+        self._actor.post(LeadershipEnded())
+
+    def stand_by(self) -> None:
+        """Another leads."""
+        self._log.info("ready", role="standby", policy=self._settings.policy)
+
+    # --- events
+
+    async def _handle(self, event: Event) -> None:
+        now_us = self._clock.now_us()
+        if isinstance(event, LeadershipTaken) and self._contest.leads():
+            self._core = self._new_core(now_us)
+            await self._listen()  # before the core asks for reports
+        core = self._core
+        if core is None or not self._may_decide(event):
+            return
+        if self._event_log is not None:
+            self._event_log.record(event, now_us)
+        before_ns = time.perf_counter_ns()
+        commands = core.handle(event, now_us)
+        self._decision_seconds.labels(type(event).__name__).observe((time.perf_counter_ns() - before_ns) / 1e9)
+        for command in commands:
+            await self._carry_out(command, event)
+        await self._follow_up(event)
+
+    def _may_decide(self, event: Event) -> bool:
+        """No decision once the lease has run out; no passing of time while nobody can be heard."""
+        if isinstance(event, LeadershipEnded):
+            return True
+        return self._contest.leads() and (self._bus.connected or not isinstance(event, Tick))
+
+    def _new_core(self, now_us: int) -> SchedulerCore:
+        policy = make_policy(self._settings.policy, self._settings.policy_settings())
+        return SchedulerCore(policy, self._settings.core_settings(), now_us)
+
+    async def _follow_up(self, event: Event) -> None:
+        if isinstance(event, LeadershipTaken):
+            self._log.info("ready", role="leader", term=event.term, policy=self._settings.policy)
+        elif isinstance(event, LeadershipEnded):
+            await self._stop_listening()
+            self._core = None
+        elif isinstance(event, Tick) and not self._subscriptions:
+            await self._listen()
+            self._actor.post(ConnectionRestored())
+
+    async def _listen(self) -> None:
+        """Subscribe to everything, or, if the bus is down just now, to nothing: the next tick tries again."""
+        handlers = {
+            self._subjects.scheduler_events: self._inbox.event,
+            self._subjects.place: self._inbox.place,
+            self._subjects.admin_status: self._answer_status,
+        }
+        try:
+            for subject, handler in handlers.items():
+                self._subscriptions.append(await self._bus.subscribe(subject, handler))
+        except BusError as error:
+            self._log.warning("subscribing_failed", reason=str(error))
+            await self._stop_listening()
+
+    async def _stop_listening(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.unsubscribe()
+        self._subscriptions.clear()
+
+    # --- commands
+
+    async def _carry_out(self, command: Command, cause: Event) -> None:
+        match command:
+            case Reply():
+                self._count(command.reply)
+                self._log_decision(command, cause)
+                await self._send(command.handle, command.reply)
+            case AskReport():
+                worker = command.worker
+                to = self._subjects.all_workers if worker is None else self._subjects.worker_commands(worker)
+                await self._send(to, Report())
+            case Announce():
+                tell = self._log.warning if command.change in _LOUD else self._log.info
+                tell(f"worker_{command.change}", worker=command.worker, reason=command.reason)
+
+    def _count(self, reply: PlaceReply) -> None:
+        match reply:
+            case Placed():
+                self._tally.placed += 1
+            case Queued():
+                self._tally.queued += 1
+            case Rejected():
+                self._tally.rejected[reply.reason] += 1
+
+    def _log_decision(self, command: Reply, cause: Event) -> None:
+        fields = command.reply.model_dump(exclude_none=True)
+        asked = {}
+        if isinstance(cause, PlaceRequested) and cause.request.sequence == command.sequence:
+            asked = cause.request.model_dump(exclude={"kind", "sequence"})
+        self._log.debug("decision", cause=type(cause).__name__, sequence=command.sequence, **fields, **asked)
+
+    async def _send(self, subject: str, message: Message) -> None:
+        try:
+            await self._bus.publish(subject, encode(message))
+        except BusError as error:
+            # Whoever waits for it asks again; a worker reports again.
+            self._tally.unsent += 1
+            self._log.warning("unsent", subject=subject, reason=str(error))
+
+    async def _answer_status(self, delivery: Delivery) -> None:
+        core = self._core
+        if core is None or not delivery.reply_to:
+            return
+        now_us = self._clock.now_us()
+        status = Status(
+            scheduler=self._process,
+            policy=self._settings.policy,
+            uptime_s=(now_us - self._started_us) / 1_000_000,
+            workers=worker_statuses(core, now_us),
+            queued=len(core.waiting),
+            placed=self._tally.placed,
+            rejected=self._tally.rejected.total(),
+        )
+        await self._send(delivery.reply_to, status)
+
+    def _open_event_log(self) -> EventLog | None:
+        settings = self._settings
+        if settings.event_log is None:
+            return None
+        header = header_line(settings.policy, settings.policy_settings(), settings.core_settings())
+        return EventLog(settings.event_log, header)
