@@ -1,0 +1,55 @@
+"""Runs a model over packed rows: builds its inputs, calls it once, returns the logits that were asked for."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.engine.attention import AttentionBackend, PagedCall
+from mell_gpu_worker.engine.base import EngineError
+from mell_gpu_worker.engine.kv_pool import KvPool
+from mell_gpu_worker.engine.paged_step import PagedStep
+
+
+class Runner:
+    """One model over one pool; keeps nothing between steps."""
+
+    def __init__(self, model: Any, pool: KvPool, backend: AttentionBackend) -> None:
+        self._model = model
+        self._pool = pool
+        self._backend = backend
+
+    def run(self, rows: Sequence[StepRow], kept: Sequence[int]) -> torch.Tensor:
+        """Write the rows' KV and return float32 logits [kept, vocab] at the packed token indices `kept`.
+
+        The KV of every token is written even if nothing is kept. Raises `EngineError`.
+        """
+        step = PagedStep(self._pool, rows, self._pool.shape.dtype)
+        step.clear_new_tails()
+        device = self._pool.data.device
+        ids = chain.from_iterable(row.token_ids[row.start : row.start + row.count] for row in rows)
+        positions = chain.from_iterable(range(row.start, row.start + row.count) for row in rows)
+        output = self._model(
+            input_ids=torch.tensor([list(ids)], device=device),
+            position_ids=torch.tensor([list(positions)], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(list(kept) or [0], device=device),
+            paged=PagedCall(step, self._backend),
+        )
+        if step.layers_attended != self._pool.shape.layers:
+            raise EngineError(
+                f"{step.layers_attended} of the model's {self._pool.shape.layers} layers use our attention: "
+                f"the torch engine does not run it"
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits[: len(kept)].float()
+
+
+def last_tokens(rows: Sequence[StepRow]) -> list[int]:
+    """Return the packed index of each row's last token."""
+    ends: list[int] = []
+    for row in rows:
+        ends.append((ends[-1] if ends else -1) + row.count)
+    return ends
