@@ -53,7 +53,7 @@ class BusGateway:
     """The `Gateway` of the frontend process that the core is named after.
 
     `run` must run while it is used; open sequences only after `run` has called `started`. To end it well: `drain`,
-    wait until `open_streams` is 0 or patience ends, `give_up`, wait for `open_asks` to become 0, `stop`.
+    wait until it is `emptied` or patience ends, then `give_up`, wait again, `stop`.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class BusGateway:
         self._connected = True
         self._draining = False
         self._asks = 0
+        self._fewer = asyncio.Event()
         self._scheduler_heard_us: int | None = None
         self._log = structlog.get_logger()
 
@@ -102,10 +103,11 @@ class BusGateway:
         """How many sequences have neither ended nor been closed."""
         return len(self._streams)
 
-    @property
-    def open_asks(self) -> int:
-        """How many requests to peers have no outcome yet."""
-        return self._asks
+    async def emptied(self) -> None:
+        """Return when no sequence is open and no peer is being asked."""
+        while self._streams or self._asks:
+            self._fewer.clear()
+            await self._fewer.wait()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -145,8 +147,12 @@ class BusGateway:
         started()
 
     def _close(self, sequence: str) -> None:
-        if self._streams.pop(sequence, None) is not None:
+        if self._forget(sequence) is not None:
             self._post(SequenceClosed(sequence))
+
+    def _forget(self, sequence: str) -> BufferedStream | None:
+        self._fewer.set()
+        return self._streams.pop(sequence, None)
 
     def _post(self, event: Event) -> None:
         if not self._actor.post(event):
@@ -237,6 +243,7 @@ class BusGateway:
     async def _put_answer(self, ask: Coroutine[Any, Any, Event]) -> None:
         event = await ask
         self._asks -= 1
+        self._fewer.set()
         await self._actor.put(event)
 
     def _deliver(self, command: DeliverTokens) -> None:
@@ -245,11 +252,11 @@ class BusGateway:
             return  # closed while the tokens waited in the mailbox
         stream.push(command.token_ids, command.logprobs, command.finish_reason, command.cached_tokens)
         if command.finish_reason is not None:
-            del self._streams[command.sequence]
+            self._forget(command.sequence)
 
     def _fail(self, command: FailSequence) -> None:
         self._log.warning("sequence_failed", sequence=command.sequence, kind=command.failure, why=command.message)
-        stream = self._streams.pop(command.sequence, None)
+        stream = self._forget(command.sequence)
         if stream is not None:
             stream.fail(
                 GenerationError(

@@ -24,6 +24,7 @@ class BufferedStream:
         "_logprobs",
         "_news",
         "_on_close",
+        "_placing",
         "_position",
         "_reader",
         "_token_ids",
@@ -38,13 +39,17 @@ class BufferedStream:
         self._finish_reason: FinishReason | None = None
         self._cached_tokens = 0
         self._position = 0
+        self._placing = True
         self._failure: GenerationError | None = None
         self._closed = False
         self._news = False
         self._reader: asyncio.Future[None] | None = None
 
     async def next(self) -> Waiting | Delta:
-        """Return what came since the last call, waiting for it at most a second; raises `GenerationError`."""
+        """Return what came since the last call, waiting for it; raises `GenerationError`.
+
+        While the sequence waits for its first tokens, or for the next owner's, that takes a second at most.
+        """
         if not self._news:
             await self._wait_for_news()
         self._news = False
@@ -73,11 +78,13 @@ class BufferedStream:
         self._logprobs += logprobs
         self._finish_reason = finish_reason
         self._cached_tokens = cached_tokens
+        self._placing = False
         self._wake()
 
     def wait(self, position: int) -> None:
         """Tell the reader that the sequence waits."""
         self._position = position
+        self._placing = True
         self._wake()
 
     def fail(self, failure: GenerationError) -> None:
@@ -102,11 +109,12 @@ class BufferedStream:
         assert self._reader is None, "a sequence has one reader"
         loop = asyncio.get_running_loop()
         self._reader = loop.create_future()
-        heartbeat = loop.call_later(_HEARTBEAT_S, self._beat)
+        heartbeat = loop.call_later(_HEARTBEAT_S, self._beat) if self._placing else None
         try:
             await self._reader
         finally:
-            heartbeat.cancel()
+            if heartbeat is not None:
+                heartbeat.cancel()
             self._reader = None
 
     def _beat(self) -> None:
