@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic_settings import CliImplicitFlag
 
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_shared.models import DEFAULT_MODEL, FAKE_MODEL, default_model_dir
@@ -25,7 +24,7 @@ class WorkerSettings(ServiceSettings):
     model_dir: Path = Field(default_factory=default_model_dir, description="Folder of pulled models.")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights and KV; `auto`: float32 on CPU, the model's own on CUDA."
+        "auto", description="Of weights and KV; `auto`: float32 on CPU, bfloat16 on CUDA."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores.")
     kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
@@ -34,7 +33,7 @@ class WorkerSettings(ServiceSettings):
     max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0: the model's context.")
     max_sequences: int = Field(256, ge=1, description="Most sequences held at once.")
     max_step_tokens: int = Field(512, ge=1, description="Most tokens computed in one engine step.")
-    prefix_cache: CliImplicitFlag[bool] = Field(True, description="Reuse the KV of equal beginnings.")
+    prefix_cache: bool = Field(True, description="Reuse the KV of equal beginnings.")
 
     report_interval_s: float = Field(1.0, gt=0, le=60, description="Time between reports to the scheduler.")
     status_interval_s: float = Field(1.0, gt=0, le=60, description="Time between stream statuses to frontends.")

@@ -99,7 +99,8 @@ class WorkerCore:
         self._connected = True
         self._arrivals = 0
         self._failure = ""
-        self._now_us = self._report_us = self._status_us = now_us
+        self._now_us = self._report_us = now_us
+        self._status_us = now_us + config.status_interval_us
         self._stop_us = 0
         """When to stop waiting: for what runs, then (lingering) for acknowledgements."""
         self._lingering = False
