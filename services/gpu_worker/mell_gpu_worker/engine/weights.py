@@ -89,9 +89,7 @@ def _require_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> N
     needed = sum(_elements(path) for path in weight_files(folder)) * dtype.itemsize
     free = free_bytes(device)
     if needed > free:
-        raise EngineError(
-            f"the weights in {folder} take {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free"
-        )
+        raise EngineError(f"the weights in {folder} take {needed / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free")
 
 
 def _elements(path: Path) -> int:
