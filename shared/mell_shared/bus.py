@@ -130,7 +130,7 @@ class Bus(Protocol):
         """Deliver `subject` (`*` and a final `>` match) to `handler`; on return the broker knows of it.
 
         `queue` shares it among members. Beyond `max_pending` waiting deliveries new ones are dropped and counted.
-        Raises `BusClosedError`, `InvalidSubjectError`.
+        Raises `BusClosedError`, `InvalidSubjectError`, and `RequestTimeoutError` if the broker does not confirm it.
         """
         ...
 

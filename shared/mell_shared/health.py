@@ -1,5 +1,6 @@
 """A health check for containers: `python -m mell_shared.health http://127.0.0.1:9100/health` exits 0 or 1."""
 
+import http.client
 import sys
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ def check(url: str, timeout_s: float = _TIMEOUT_S) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         return f"{url} answers {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{url} does not answer: {error}"
 
 

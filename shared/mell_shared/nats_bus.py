@@ -9,12 +9,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.errors import (
-    ConnectionClosedError,
-    ConnectionDrainingError,
     Error,
     MaxPayloadError,
     NoRespondersError,
-    OutboundBufferLimitError,
     SlowConsumerError,
 )
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -44,12 +41,28 @@ _MAX_BURST_MESSAGES = 65_536
 _CLOSE_TIMEOUT_S = 2.0
 
 
+class _Client(Client):
+    """nats-py's client, but one that gives up a connection without waiting for its unsent bytes to leave."""
+
+    def abort(self) -> None:
+        """Drop the socket now; nothing on one that is closed."""
+        writer = getattr(self._transport, "_bare_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def _process_op_err(self, e: Exception) -> None:
+        # Else the reconnection waits until the dead connection has been emptied, which it never is.
+        if self.is_connected:
+            self.abort()
+        await super()._process_op_err(e)
+
+
 class NatsBus:
     """A `Bus` on a NATS server; made by `connect`."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._client = Client()
+        self._client = _Client()
         self._deliveries = Deliveries()
         self._closing = False
 
@@ -138,13 +151,14 @@ class NatsBus:
         async def take(message: Msg) -> None:
             consumer.offer(Delivery(message.subject, message.data, message.reply))
 
+        inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=_MAX_BURST_MESSAGES)
+        subscription = _Subscription(inner, consumer)
         try:
-            inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=_MAX_BURST_MESSAGES)
-        except Error as error:
-            consumer.stop()
-            raise self._translated(error, subject, b"") from error
-        await self.flush()
-        return _Subscription(inner, consumer)
+            await self.flush()
+        except BusError:
+            await subscription.unsubscribe()  # else a later reconnection would bring it to life
+            raise
+        return subscription
 
     async def flush(self, timeout_s: float = 5.0) -> None:
         """Return when the broker has seen all that was sent; raises as `Bus.flush` does."""
@@ -166,6 +180,8 @@ class NatsBus:
                 await self._client.close()
         except (TimeoutError, BusError, OSError, Error) as error:
             self._count(error)
+        finally:
+            self._client.abort()
         await self._deliveries.close()
 
     async def _open(self, name: str) -> None:
@@ -219,9 +235,7 @@ class NatsBus:
                 return NoResponderError(f"nobody listens on {subject}")
             case MaxPayloadError():
                 return PayloadTooLargeError(len(data), self.max_payload)
-            case ConnectionClosedError() | ConnectionDrainingError() | OutboundBufferLimitError():
-                return BusClosedError(f"the connection to the broker is down: {error}")
-        return BusError(str(error))
+        return BusClosedError(f"the connection to the broker went down: {error}")
 
 
 class _Subscription:

@@ -31,7 +31,7 @@ def run_service(main: ServiceMain) -> None:
     exception is a bug and propagates.
     """
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(_until_stopped(main))
     except (ServiceError, BrokerUnreachableError) as error:
         sys.stderr.write(f"mell: {error}\n")
@@ -49,10 +49,15 @@ async def _until_stopped(main: ServiceMain) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    await main(stop)
+    try:
+        await main(stop)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the fastest event loop there is here."""
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
     except ImportError:

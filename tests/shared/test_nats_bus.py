@@ -5,13 +5,25 @@ import socket
 from pathlib import Path
 
 import pytest
+from nats.errors import ConnectionClosedError
 
-from mell_shared import nats_bus, nats_server
-from mell_shared.bus import BrokerUnreachableError, BusClosedError, Delivery, RequestTimeoutError
+from mell_shared import deliveries, nats_bus, nats_server
+from mell_shared.bus import BrokerUnreachableError, BusClosedError, Delivery, NoResponderError, RequestTimeoutError
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer, NatsServerError
 from tests.conftest import BusFactory
 from tests.shared.conftest import eventually
+
+
+async def freeze(server: NatsServer) -> None:
+    """Make the server stand still: its port accepts and its connections stay, but nothing is answered."""
+    os.kill(server.pid, signal.SIGSTOP)
+    await eventually(
+        lambda: all(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            for task in Path(f"/proc/{server.pid}/task").iterdir()
+        )
+    )
 
 
 async def test_an_unreachable_broker_is_one_line_that_says_what_to_do(unused_tcp_port: int) -> None:
@@ -91,7 +103,7 @@ async def test_what_was_accepted_but_not_sent_is_not_sent_later(
         source = await NatsBus.connect(server.url)
         target = await NatsBus.connect(server.url)
         await target.subscribe("s", keep)
-        os.kill(server.pid, signal.SIGSTOP)
+        await freeze(server)
         for _ in range(3):
             await source.publish("s", bytes(source.max_payload))
             await asyncio.sleep(0.01)  # let it reach the socket and fill it
@@ -107,16 +119,192 @@ async def test_what_was_accepted_but_not_sent_is_not_sent_later(
         await target.close()
 
 
+class Proxy:
+    """A way to the server on which a connection can go dead without being closed, as in a parted network."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._forwarding: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self) -> asyncio.Server:
+        """Listen on a free port and forward to the server's."""
+        return await asyncio.start_server(self._take, "127.0.0.1", 0)
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, far_writer]
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            self._forwarding.add(asyncio.create_task(self._forward(source, target)))
+
+    async def _forward(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+
+    async def deaden(self) -> None:
+        """Forward nothing more on the connections there are; new ones work."""
+        for task in self._forwarding:
+            task.cancel()
+        await asyncio.gather(*self._forwarding, return_exceptions=True)
+        self._forwarding.clear()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.deaden()
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+async def test_a_dead_connection_with_unsent_bytes_is_replaced(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the pings tell that a connection is dead, a new one is made without emptying the old one first."""
+    monkeypatch.setattr(nats_bus, "_PING_INTERVAL_S", 0.05)
+    address = nats_server.url.rpartition(":")
+    proxy = Proxy(int(address[2]))
+    listening = await proxy.serve()
+    bus = await NatsBus.connect(f"{address[0]}:{listening.sockets[0].getsockname()[1]}")
+    await proxy.deaden()
+    for _ in range(3):
+        await bus.publish("s", bytes(bus.max_payload))
+        await asyncio.sleep(0.01)
+    await eventually(lambda: bus.stats.reconnections == 1)
+    await bus.flush()
+    await bus.close()
+    listening.close()
+    await proxy.close()
+    await asyncio.sleep(0)
+
+
 async def test_a_broker_that_stands_still_costs_a_flush_its_time_only(tmp_path: Path) -> None:
     """A flush that gets no answer raises after its time-out."""
     with NatsServer(tmp_path) as server:
         bus = await NatsBus.connect(server.url)
-        os.kill(server.pid, signal.SIGSTOP)
+        await freeze(server)
         with pytest.raises(RequestTimeoutError, match="did not answer"):
             await bus.flush(0.05)
         os.kill(server.pid, signal.SIGCONT)
         await bus.flush()
         await bus.close()
+
+
+async def test_a_subscription_the_broker_does_not_confirm_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subscribing at a broker that stands still raises, and no reconnection brings the subscription to life."""
+    heard: list[bytes] = []
+
+    async def keep(delivery: Delivery) -> None:
+        heard.append(delivery.data)
+
+    with NatsServer(tmp_path) as server:
+        bus = await NatsBus.connect(server.url)
+        monkeypatch.setattr(NatsBus.flush, "__defaults__", (0.05,))
+        await freeze(server)
+        with pytest.raises(RequestTimeoutError):
+            await bus.subscribe("s", keep)
+        monkeypatch.undo()
+        os.kill(server.pid, signal.SIGCONT)
+        await bus.flush()
+        with pytest.raises(NoResponderError):
+            await bus.request("s", b"", 5.0)
+        await bus.close()
+    assert not heard
+
+
+async def test_a_publisher_that_waits_for_the_socket_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-py swallows a cancellation there; ours must come through, or a service could not stop."""
+    monkeypatch.setattr(nats_bus, "_MAX_UNSENT_BYTES", 1000)
+    monkeypatch.setattr(nats_bus, "_FLUSH_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(nats_bus, "_CLOSE_TIMEOUT_S", 0.05)
+    with NatsServer(tmp_path) as server:
+        bus = await NatsBus.connect(server.url)
+        await freeze(server)
+
+        async def publish_for_ever() -> None:
+            while True:
+                await bus.publish("s", bytes(bus.max_payload))
+
+        publishing = asyncio.create_task(publish_for_ever())
+        await asyncio.sleep(0.1)
+        publishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(publishing, 10)
+        server.kill()
+        await bus.close()
+
+
+async def test_closing_does_not_wait_long_for_a_broker_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`close` gives up its flush, counts that and disconnects."""
+    monkeypatch.setattr(nats_bus, "_CLOSE_TIMEOUT_S", 0.05)
+    with NatsServer(tmp_path) as server:
+        bus = await NatsBus.connect(server.url)
+        await freeze(server)
+        await asyncio.wait_for(bus.close(), 10)
+        os.kill(server.pid, signal.SIGCONT)
+    assert bus.stats.errors["RequestTimeoutError"] == 1
+    assert not bus.client.is_connected
+
+
+async def test_a_burst_over_the_client_s_own_queue_is_counted(
+    connect_bus: BusFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nats-py drops before our queue sees it is in the same count."""
+    monkeypatch.setattr(nats_bus, "_MAX_BURST_MESSAGES", 10)
+    source, target = await connect_bus(), await connect_bus()
+    heard: list[bytes] = []
+
+    async def keep(delivery: Delivery) -> None:
+        heard.append(delivery.data)
+
+    await target.subscribe("s", keep)
+    for _ in range(500):
+        await source.publish("s", b"x")
+    await source.flush()
+    await eventually(lambda: len(heard) + target.stats.dropped == 500)
+    assert target.stats.dropped > 0
+    assert target.stats.errors == {"SlowConsumerError": target.stats.dropped}
+
+
+async def test_a_connection_lost_between_check_and_sending_is_told(
+    connect_bus: BusFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's own errors become the bus's, whichever call meets them."""
+    bus = await connect_bus()
+
+    async def closed(*_arguments: object) -> None:
+        raise ConnectionClosedError
+
+    monkeypatch.setattr(bus.client, "publish", closed)
+    monkeypatch.setattr(bus.client, "request", closed)
+    for attempt in (bus.publish("s", b""), bus.request("s", b"", 1.0)):
+        with pytest.raises(BusClosedError, match="went down"):
+            await attempt
+
+
+async def test_a_queue_is_bounded_in_bytes_too(connect_bus: BusFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few large messages fill a queue as many small ones do; after it is emptied there is room again."""
+    monkeypatch.setattr(deliveries, "_MAX_PENDING_BYTES", 1000)
+    bus = await connect_bus()
+    go, heard = asyncio.Event(), []
+
+    async def slow(delivery: Delivery) -> None:
+        await go.wait()
+        heard.append(delivery.data)
+
+    await bus.subscribe("s", slow)
+    for _ in range(6):
+        await bus.publish("s", bytes(400))
+    await eventually(lambda: bus.stats.dropped >= 3)
+    go.set()
+    await eventually(lambda: len(heard) + bus.stats.dropped == 6)
+    await bus.publish("s", b"again")
+    await eventually(lambda: heard[-1:] == [b"again"])
 
 
 async def test_being_thrown_out_for_good_reaches_the_watcher(connect_bus: BusFactory) -> None:
@@ -175,7 +363,7 @@ def test_a_server_that_ignores_the_request_to_stop_is_killed(tmp_path: Path, mon
     monkeypatch.setattr(nats_server, "_STOP_TIMEOUT_S", 0.1)
     server = NatsServer(tmp_path).start()
     pid = server.pid
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)  # the request to stop stays pending
     server.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
