@@ -11,10 +11,11 @@ from mell_shared.process import StartError
 
 _POLL_S = 0.1
 _ANSWER_S = 5.0
+_USABLE = {"active", "standby"}  # standby: empty, and woken by the first request
 
 
 async def await_workers(url: str, api_key: str, workers: int, deadline_s: float) -> None:
-    """Return when the frontend is ready and its scheduler knows `workers` active workers.
+    """Return when the frontend is ready and its scheduler knows `workers` workers.
 
     `deadline_s` is of the monotonic clock. Raises `StartError`.
     """
@@ -34,8 +35,8 @@ def _missing(url: str, api_key: str, workers: int) -> str:
         status = _get(f"{url}/admin/status", api_key)
     except (OSError, ValueError) as error:
         return str(error)
-    active = [worker for worker in status.get("workers", []) if worker.get("state") == "active"]
-    return "" if len(active) >= workers else f"{len(active)} of {workers} workers are known to the scheduler"
+    usable = [worker for worker in status.get("workers", []) if worker.get("state") in _USABLE]
+    return "" if len(usable) >= workers else f"{len(usable)} of {workers} workers are known to the scheduler"
 
 
 def _get(url: str, api_key: str) -> Any:

@@ -174,7 +174,9 @@ class Stack:
 
 def describe_ready(fields: Mapping[str, Any]) -> str:
     """Return what a `ready` event says of its service, for people."""
-    parts = [str(fields[name]) for name in ("model", "models", "engine", "device", "policy", "url") if fields.get(name)]
+    shown = ("model", "models", "engine", "device", "policy", "url")
+    values = [fields[name] for name in shown if fields.get(name)]
+    parts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
     if fields.get("kv_blocks"):
         parts.append(f"{fields['kv_blocks']} KV blocks")
     return ", ".join(parts) or "ready"

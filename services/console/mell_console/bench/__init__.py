@@ -1,0 +1,1 @@
+"""`mell bench`: loads any OpenAI-compatible server and says what its clients would see."""
