@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format bench docker-test gpu-test clean
+.PHONY: venv up test check format docs bench docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -32,6 +32,9 @@ check: venv
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: venv
+	$(BIN)/python docs/generate_configuration.py
 
 bench: venv
 	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks
