@@ -9,8 +9,8 @@ cache has lost. The first in order is never preempted, so it always ends.
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Values
-from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from mell_gpu_worker.core.blocks import BlockPool
 from mell_gpu_worker.core.sequence import Phase, Sequence
@@ -20,8 +20,7 @@ from mell_shared.messages.sampling import FinishReason
 _ORDER = attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """What a step did for one sequence: a new last token or none, and why it ends now, if it does."""
 
     sequence: Sequence
@@ -38,6 +37,8 @@ class Batcher:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
+        self.decodes_only = True
+        """Whether the step planned last has no prefill in it."""
         self._root = root
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
@@ -113,18 +114,21 @@ class Batcher:
         assert not self._step, "the last step is not committed"
         self._resume_waiting()
         rows = list(self._decode_rows())
-        rows.extend(self._prefill_rows(self._max_step_tokens - len(rows)))
-        return rows
+        prefills = list(self._prefill_rows(self._max_step_tokens - len(rows)))
+        self.decodes_only = not prefills
+        return rows + prefills
 
     def _decode_rows(self) -> Iterator[StepRow]:
+        size = self.pool.block_tokens
         for sequence in tuple(self.running):
-            if sequence.phase is Phase.RUNNING and _decodes(sequence) and self._grow(sequence):
+            tokens = len(sequence.token_ids)
+            if sequence.computed != tokens - 1 or not sequence.started or sequence.phase is not Phase.RUNNING:
+                continue
+            if tokens <= len(sequence.blocks) * size or self._grow(sequence):
                 yield self._row(sequence, 1)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Whether `sequence` has a block for its last token, made free at the cost of those behind it."""
-        if len(sequence.token_ids) <= len(sequence.blocks) * self.pool.block_tokens:
-            return True
+        """Give `sequence` one more block, at the cost of those behind it; False if that was itself."""
         while not self.pool.free_blocks:
             victim = self.running[-1]
             self._preempt(victim)
@@ -186,11 +190,12 @@ class Batcher:
         return [
             self._advance(sequence, count, result.sampled[row], failed=row in result.failed)
             for row, (sequence, count) in enumerate(step)
-            if sequence.live
+            if sequence.phase is not Phase.ENDED
         ]
 
     def _advance(self, sequence: Sequence, count: int, sampled: SampledToken | None, *, failed: bool) -> Progress:
-        self._seal(sequence, count)
+        if sequence.computed % self.pool.block_tokens + count >= self.pool.block_tokens:
+            self._seal(sequence, count)
         sequence.computed += count
         end: FinishReason | None = None
         if failed:
@@ -209,8 +214,6 @@ class Batcher:
     def _digests_filled(self, sequence: Sequence, count: int) -> Values[bytes]:
         """Digests of the blocks that computing `count` more tokens fills."""
         first = sequence.computed // self.pool.block_tokens
-        if (sequence.computed + count) // self.pool.block_tokens == first:
-            return ()
         return self._digests(sequence, sequence.computed + count)[first:]
 
     def _digests(self, sequence: Sequence, tokens: int) -> Values[bytes]:
@@ -232,6 +235,3 @@ class Batcher:
             assert tokens <= len(sequence.blocks) * self.pool.block_tokens + 1, f"{sequence.sequence} lacks blocks"
         assert not any(sequence.blocks or sequence.computed for sequence in self.waiting), "who waits holds something"
 
-
-def _decodes(sequence: Sequence) -> bool:
-    return sequence.started and sequence.computed == len(sequence.token_ids) - 1

@@ -39,7 +39,7 @@ class TokensTable:
             self._logprobs[row] = tuple(sequence.logprobs[first_index - offset : end_index - offset])
         if first_index == sequence.submitted_outputs:
             self._cached[row] = sequence.cached_tokens
-        if sequence.finish_reason is not None and end_index == sequence.outputs:
+        if sequence.finish_reason is not None and end_index == len(sequence.token_ids) - start:
             self._finished[row] = sequence.finish_reason
 
     def message(self, worker: str) -> TokensGenerated:

@@ -247,7 +247,7 @@ class WorkerCore:
 
     def _take_step(self, result: StepResult) -> None:
         progress = self.batcher.commit(result)
-        if all(step.sequence.outputs > step.sequence.submitted_outputs + 1 for step in progress):
+        if self.batcher.decodes_only:
             self._reporter.decode_took(result.step_us)
         tables: dict[str, TokensTable] = {}
         for step in progress:
@@ -263,7 +263,8 @@ class WorkerCore:
             table = tables.get(sequence.frontend)
             if table is None:
                 table = tables[sequence.frontend] = TokensTable()
-            table.add(sequence, sequence.outputs - step.sampled, sequence.outputs)
+            outputs = sequence.outputs
+            table.add(sequence, outputs - step.sampled, outputs)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

@@ -31,7 +31,6 @@ _EMPTY = 0x243F6A8885A308D3
 _EOS_ONE_IN = 512
 _PROBE_TOKENS = 16
 """Older digests are read one from each stretch of this length in turn, so that each block is soon looked at."""
-_PROBES = 2
 _FORCED, _BANNED = 50.0, -50.0
 """A bias from here on decides alone."""
 
@@ -98,16 +97,16 @@ class FakeEngine:
         digest = self._write(row)
         if row.sampling is None:
             return None
-        end = row.start + row.count
-        index = end - row.prompt_tokens
-        older = [self._read(row.block_table, position) for position in _probed(index, end - 1)]
-        return _draw(row.sampling, index, digest, older)
+        last = row.start + row.count - 1
+        index = last + 1 - row.prompt_tokens
+        return _draw(row.sampling, index, digest, self._older(row.block_table, index, last))
 
     def _write(self, row: StepRow) -> int:
         """Write the digests of a row's tokens; returns the last one."""
         pool, size, table = self._pool, self._spec.block_tokens, row.block_table
         position = row.start
-        digest = self._read(table, position - 1) if position else _EMPTY
+        before = position - 1
+        digest = pool[table[before // size] * size + before % size] if position else _EMPTY
         for token in row.token_ids[position : position + row.count]:
             digest = ((digest + token + 1) * _CHAIN) & _MASK
             digest ^= digest >> 32
@@ -115,9 +114,15 @@ class FakeEngine:
             position += 1
         return digest
 
-    def _read(self, table: Sequence[int], position: int) -> int:
-        size = self._spec.block_tokens
-        return self._pool[table[position // size] * size + position % size]
+    def _older(self, table: Sequence[int], index: int, last: int) -> int:
+        """Return what output `index` depends on besides the newest digest; see `_probed`."""
+        stretches = last // _PROBE_TOKENS
+        if not stretches:
+            return 0
+        pool, size = self._pool, self._spec.block_tokens
+        first, second = _probed(index, stretches)
+        older = pool[table[first // size] * size + first % size]
+        return older + 3 * pool[table[second // size] * size + second % size]
 
 
 def expected_output(prompt_ids: Sequence[int], sampling: SamplingParams, count: int) -> list[int]:
@@ -127,7 +132,9 @@ def expected_output(prompt_ids: Sequence[int], sampling: SamplingParams, count: 
     for token in prompt_ids:
         digests.append(_chained(digests, token))
     while len(output) < count and (not output or output[-1] != FAKE_EOS_ID):
-        older = [digests[position] for position in _probed(len(output), len(digests) - 1)]
+        stretches = (len(digests) - 1) // _PROBE_TOKENS
+        first, second = _probed(len(output), stretches) if stretches else (0, 0)
+        older = digests[first] + 3 * digests[second] if stretches else 0
         output.append(_draw(sampling, len(output), digests[-1], older).token_id)
         digests.append(_chained(digests, output[-1]))
     return output
@@ -138,21 +145,19 @@ def _chained(digests: Sequence[int], token: int) -> int:
     return digest ^ (digest >> 32)
 
 
-def _probed(index: int, position: int) -> list[int]:
-    """Positions before `position` whose digests output `index` depends on besides the newest."""
-    stretches = position // _PROBE_TOKENS
-    if not stretches:
-        return []
-    first, offset = index * _PROBES, index * 5 % _PROBE_TOKENS
-    return [(first + probe) % stretches * _PROBE_TOKENS + offset for probe in range(_PROBES)]
+def _probed(index: int, stretches: int) -> tuple[int, int]:
+    """Two positions in as many of the first `stretches` stretches: the next ones in turn at each output index."""
+    first, offset = 2 * index, index * 5 % _PROBE_TOKENS
+    return first % stretches * _PROBE_TOKENS + offset, (first + 1) % stretches * _PROBE_TOKENS + offset
 
 
-def _draw(sampling: SamplingParams, index: int, digest: int, older: Sequence[int]) -> SampledToken:
-    # Greedy output depends on no seed, as with any model.
-    value = index if sampling.temperature == 0 else index + sampling.seed * _DRAW + (sampling.choice << 32)
-    for part in (digest, *older):
-        value = ((value ^ part) * _DRAW) & _MASK
-        value ^= value >> 31
+def _draw(sampling: SamplingParams, index: int, digest: int, older: int) -> SampledToken:
+    value = digest + index
+    if sampling.temperature > 0:  # greedy output depends on no seed, as with any model
+        value += sampling.seed * _CHAIN + (sampling.choice << 32)
+    value = ((value ^ older) * _DRAW) & _MASK
+    value = ((value ^ (value >> 31)) * _DRAW) & _MASK
+    value ^= value >> 31
     token = _token(sampling, index, value)
     return SampledToken(token, None if sampling.logprobs is None else _logprobs(token, value, sampling.logprobs))
 
