@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import uvloop
 from nats.errors import ConnectionClosedError
 
 from mell_shared import deliveries, nats_bus, nats_server
@@ -316,6 +317,43 @@ async def test_being_thrown_out_for_good_reaches_the_watcher(connect_bus: BusFac
         await asyncio.wait_for(watching, 10)
     with pytest.raises(BusClosedError):
         await bus.publish("x", b"")
+
+
+def test_the_bus_survives_its_broker_on_uvloop_too(tmp_path: Path) -> None:
+    """Services run on uvloop: there, too, a killed and restarted server is found again, and a stalled one left."""
+
+    async def scenario(server: NatsServer) -> list[bytes]:
+        heard: list[bytes] = []
+
+        async def keep(delivery: Delivery) -> None:
+            heard.append(delivery.data)
+
+        bus = await NatsBus.connect(server.url)
+        await bus.subscribe("s", keep)
+        server.kill()
+        await eventually(lambda: not bus.connected)
+        server.start()
+        await eventually(lambda: bus.stats.reconnections == 1)
+        await freeze(server)
+        for _ in range(3):
+            await bus.publish("s", bytes(bus.max_payload))
+            await asyncio.sleep(0.01)
+        await eventually(lambda: not bus.connected)
+        server.kill()
+        server.start()
+        await eventually(lambda: bus.stats.reconnections == 2)
+        await bus.publish("s", b"last")
+        await eventually(lambda: bool(heard))
+        await bus.close()
+        return heard
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        NatsServer(tmp_path) as server,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        patch.setattr(nats_bus, "_PING_INTERVAL_S", 0.05)
+        assert runner.run(scenario(server)) == [b"last"]
 
 
 def test_a_server_on_a_taken_port_says_so(nats_server: NatsServer, tmp_path: Path) -> None:

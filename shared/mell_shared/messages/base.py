@@ -5,7 +5,15 @@ from array import array
 from collections.abc import Sized
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 PROTOCOL_VERSION = 1
 """Raised when a message changes so that the previous release could not understand it."""
@@ -28,10 +36,8 @@ def pack_uint32(values: list[int]) -> bytes:
     return words.tobytes()
 
 
-def unpack_uint32(data: Any) -> Any:
-    """Return the integers packed in `data`; anything but bytes is passed on for pydantic to judge."""
-    if not isinstance(data, bytes):
-        return data
+def unpack_uint32(data: bytes) -> list[int]:
+    """Return the integers packed in `data`. Raises `ValueError` unless it holds whole words."""
     if len(data) % 4:
         raise ValueError(f"a packed column holds whole 4-byte words, got {len(data)} bytes")
     words = array("I", data)
@@ -40,10 +46,15 @@ def unpack_uint32(data: Any) -> Any:
     return words.tolist()
 
 
+def _read_column(data: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    # What is unpacked is in range by its size; only a plain list needs to be looked at item by item.
+    return unpack_uint32(data) if isinstance(data, bytes) else validate(data)
+
+
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Uint32Column = Annotated[
     list[Uint32],
-    BeforeValidator(unpack_uint32),
+    WrapValidator(_read_column),
     PlainSerializer(pack_uint32),
 ]
 """Integers in [0, 2**32), packed little-endian on the wire: token ids, indices, generations, counts."""
