@@ -8,6 +8,7 @@ from mell_scheduler.policy.best_fit import BestFit
 from mell_scheduler.policy.cluster import Cluster
 from mell_scheduler.policy.first_fit import FirstFit, RoundRobin
 from mell_scheduler.policy.load_balance import LoadBalance, LoadBalanceDrain
+from mell_scheduler.policy.mell import Mell
 from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
 from mell_scheduler.policy.repack import FRUGAL, Repack
 from mell_scheduler.policy.worst_fit import WorstFit
@@ -35,6 +36,11 @@ def _repack_frugal(settings: PolicySettings) -> Policy:
     return PackingPolicy("repack-frugal", cluster, Repack(cluster, replace(settings, repack=FRUGAL)))
 
 
+def _mell(settings: PolicySettings) -> Policy:
+    cluster = settings_cluster(settings)
+    return PackingPolicy("mell", cluster, Mell(cluster, settings))
+
+
 def _load_balance(settings: PolicySettings) -> Policy:
     cluster = settings_cluster(settings)
     return PackingPolicy("load-balance", cluster, LoadBalance(cluster, settings))
@@ -48,6 +54,7 @@ def _load_balance_drain(settings: PolicySettings) -> Policy:
 _BUILDERS: dict[str, _Builder] = {
     "repack": _repack,
     "repack-frugal": _repack_frugal,
+    "mell": _mell,
     "load-balance-drain": _load_balance_drain,
     "load-balance": _load_balance,
     "best-fit": _fit("best-fit", BestFit),

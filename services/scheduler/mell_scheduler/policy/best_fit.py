@@ -26,3 +26,6 @@ class BestFit:
         """No migration."""
         del now_us
         return []
+
+    def check(self) -> None:
+        """Keeps no state of its own."""

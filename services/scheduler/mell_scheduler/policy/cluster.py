@@ -5,6 +5,7 @@ Owns every fact a policy decides from and keeps the indices in step; holds no pr
 
 from collections.abc import Collection, Iterator, Sequence
 from heapq import merge
+from typing import Protocol
 
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, ItemId, Move, Reason
 from mell_scheduler.policy.free_index import FreeIndex
@@ -17,6 +18,22 @@ Pool = tuple[str, int]
 """GPUs that can stand for one another: model and capacity."""
 
 
+class Watcher(Protocol):
+    """A rule that keeps state of its own per item; called after each change of an intended place."""
+
+    def item_added(self, item: ItemState) -> None:
+        """It is on `item.gpu` now."""
+
+    def item_removed(self, item: ItemState) -> None:
+        """It is gone."""
+
+    def item_moved(self, item: ItemState) -> None:
+        """It is meant to be on `item.gpu` now, not where it was."""
+
+    def gpu_removed(self, gpu: GpuRecord) -> None:
+        """The GPU is gone, and all its items before it."""
+
+
 class Cluster:
     """All GPUs and items. `hold_both_ends`: a moving item is charged at its source too."""
 
@@ -26,6 +43,7 @@ class Cluster:
         self.gpus: dict[GpuId, GpuRecord] = {}
         self.items: dict[ItemId, ItemState] = {}
         self.epoch_number = 0
+        self.watcher: Watcher | None = None
         self._by_slot: dict[int, GpuRecord] = {}
         self._active: dict[Pool, FreeIndex] = {}
         self._standby: dict[Pool, dict[int, GpuRecord]] = {}
@@ -58,6 +76,8 @@ class Cluster:
         self.refresh(gpu)
         self._maybe_over.pop(gpu.slot, None)
         del self.gpus[gpu_id], self._by_slot[gpu.slot]
+        if self.watcher is not None:
+            self.watcher.gpu_removed(gpu)
         return lost
 
     def refresh(self, gpu: GpuRecord) -> None:
@@ -105,6 +125,8 @@ class Cluster:
         self.items[item.item_id] = state
         gpu.add(state)
         self.refresh(gpu)
+        if self.watcher is not None:
+            self.watcher.item_added(state)
         return state
 
     def remove(self, item: ItemState) -> None:
@@ -115,6 +137,8 @@ class Cluster:
         if item.source is not None:
             item.source.end_leaving(item)
             self.refresh(item.source)
+        if self.watcher is not None:
+            self.watcher.item_removed(item)
 
     def resize(self, item: ItemState, size: int, growth: int) -> None:
         """Change what an item is charged with, at both ends."""
@@ -165,6 +189,8 @@ class Cluster:
         target.add(item)
         self.refresh(source)
         self.refresh(target)
+        if self.watcher is not None:
+            self.watcher.item_moved(item)
         return Move(item.item_id, source.gpu_id, target.gpu_id, item.planned, reason)
 
     def commit_move(self, item: ItemState) -> None:
@@ -188,6 +214,8 @@ class Cluster:
         source.add(item)
         self.refresh(target)
         self.refresh(source)
+        if self.watcher is not None:
+            self.watcher.item_moved(item)
 
     def may_move(self, item: ItemState) -> bool:
         """Not moving already, nor backing off after a failed move."""
@@ -224,12 +252,15 @@ class Cluster:
             yield self._by_slot[slot]
 
     def standby_for(self, model: str, blocks: int, exclude: Collection[GpuId] = ()) -> GpuRecord | None:
-        """The smallest standby GPU that holds `blocks`, the longest known first."""
+        """The first of `standbys` not excluded."""
+        return next((g for g in self.standbys(model, blocks) if g.gpu_id not in exclude), None)
+
+    def standbys(self, model: str, blocks: int) -> Iterator[GpuRecord]:
+        """Standby GPUs that hold `blocks`, the smallest and then the longest known first."""
         for pool in sorted(p for p in self._standby if p[0] == model and p[1] >= blocks):
             for gpu in self._standby[pool].values():
-                if gpu.gpu_id not in exclude and gpu.free >= blocks:
-                    return gpu
-        return None
+                if gpu.free >= blocks:
+                    yield gpu
 
     def active(self, model: str | None = None) -> list[GpuRecord]:
         """Active or draining GPUs, in order of arrival."""

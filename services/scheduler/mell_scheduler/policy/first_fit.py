@@ -26,6 +26,9 @@ class FirstFit:
         del now_us
         return []
 
+    def check(self) -> None:
+        """Keeps no state of its own."""
+
 
 class RoundRobin:
     """The next GPU in use after the last one chosen that has room, else a standby one."""
@@ -52,6 +55,9 @@ class RoundRobin:
         """No migration."""
         del now_us
         return []
+
+    def check(self) -> None:
+        """Keeps no state of its own."""
 
 
 def _slot(gpu: GpuRecord) -> int:

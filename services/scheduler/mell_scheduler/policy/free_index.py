@@ -40,6 +40,12 @@ class FreeIndex:
         for key in reversed(self._keys):
             yield key & _SLOT_MASK
 
+    def up_to(self, most_free: int) -> Iterator[int]:
+        """Slots with at most `most_free` blocks, the emptiest of them first."""
+        keys = self._keys
+        for at in range(bisect_left(keys, (most_free + 1) << _SLOT_BITS) - 1, -1, -1):
+            yield keys[at] & _SLOT_MASK
+
     def pairs(self) -> list[tuple[int, int]]:
         """(free, slot) of all, for `check`."""
         return [(key >> _SLOT_BITS, key & _SLOT_MASK) for key in self._keys]

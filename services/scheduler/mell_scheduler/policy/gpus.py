@@ -53,6 +53,25 @@ class ItemState:
         return Item(self.item_id, self.size, self.model, self.growth)
 
 
+def room(spec: GpuSpec, blocks: int, count: int) -> int:
+    """The largest item that fits beside `count` items of `blocks` in all; negative if none does."""
+    free = spec.capacity_blocks - blocks
+    step = spec.step
+    if step is None:
+        return free
+    left_ns = -_step_over_ns(spec, blocks, count) - step.per_item_ns
+    if step.per_block_ns == 0:
+        return free if left_ns >= 0 else min(free, -1)
+    return min(free, left_ns // step.per_block_ns)
+
+
+def _step_over_ns(spec: GpuSpec, blocks: int, count: int) -> int:
+    step = spec.step
+    if step is None:
+        return 0
+    return step.base_ns + count * step.per_item_ns + blocks * step.per_block_ns - step.limit_ns
+
+
 class GpuRecord:
     """A GPU: `items` are meant to be here (incoming ones included), `leaving` are on their way out."""
 
@@ -98,18 +117,12 @@ class GpuRecord:
     @property
     def free(self) -> int:
         """The largest item that can be added, by both capacities; may be negative."""
-        free = self.capacity - self.used - self.other
-        if self.spec.step is None:
-            return free
-        left_ns = -self._step_over_ns() - self.spec.step.per_item_ns
-        if self.spec.step.per_block_ns == 0:
-            return free if left_ns >= 0 else min(free, -1)
-        return min(free, left_ns // self.spec.step.per_block_ns)
+        return room(self.spec, self.used + self.other, self.count)
 
     @property
     def over(self) -> bool:
         """Charged above either capacity."""
-        return self.memory_free < 0 or (self.spec.step is not None and self._step_over_ns() > 0)
+        return self.memory_free < 0 or _step_over_ns(self.spec, self.used + self.other, self.count) > 0
 
     @property
     def over_after_moves(self) -> int:
@@ -123,12 +136,6 @@ class GpuRecord:
     def state_is_settled(self) -> bool:
         """In use, with nothing coming or leaving."""
         return not self.leaving and all(item.source is None for item in self.items.values())
-
-    def _step_over_ns(self) -> int:
-        step = self.spec.step
-        assert step is not None
-        blocks = self.used + self.other
-        return step.base_ns + self.count * step.per_item_ns + blocks * step.per_block_ns - step.limit_ns
 
     @property
     def empty(self) -> bool:

@@ -68,6 +68,9 @@ class LoadBalance:
                 return gpu if gpu.free >= item.planned else None
         return None
 
+    def check(self) -> None:
+        """Keeps no state of its own."""
+
 
 class LoadBalanceDrain:
     """`LoadBalance`, and the least loaded GPU is emptied when the others stay at most `drain_below` full."""
@@ -101,6 +104,9 @@ class LoadBalanceDrain:
             return []
         trial = _spread(in_use[0], trial_without(self._cluster, in_use[0], 0.0))
         return [] if trial is None else begin(trial, self._cluster, Reason.CONSOLIDATE)
+
+    def check(self) -> None:
+        """Keeps no state of its own."""
 
 
 def _spread(victim: GpuRecord, trial: Trial) -> Trial | None:

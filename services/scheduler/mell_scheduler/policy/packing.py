@@ -27,6 +27,9 @@ class Rule(Protocol):
     def plan(self, now_us: int) -> list[Move]:
         """The epoch's moves, begun on the cluster."""
 
+    def check(self) -> None:
+        """Assert that the rule's own state, if any, agrees with the cluster."""
+
 
 class PackingPolicy:
     """`base.Policy` for every rule that keeps no state per item of its own."""
@@ -163,6 +166,7 @@ class PackingPolicy:
     def check(self) -> None:
         """See `base.Policy`."""
         self.cluster.check()
+        self._rule.check()
 
 
 def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:

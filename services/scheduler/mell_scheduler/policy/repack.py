@@ -72,6 +72,9 @@ class Repack:
         self._next_consolidation_us = now_us + self._settings.repack.period_us
         return moves + begun
 
+    def check(self) -> None:
+        """Keeps no state of its own."""
+
 
 FRUGAL = RepackSettings(head_room=0.12, target_head_room=0.06, move_cost=0.1)
 """Half the moves of the default, for slow links: about 3% more GPUs."""

@@ -28,3 +28,6 @@ class WorstFit:
         """No migration."""
         del now_us
         return []
+
+    def check(self) -> None:
+        """Keeps no state of its own."""
