@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mell_console.extras import MissingExtraError, load
+from mell_console.extras import MissingExtraError, load, needing
 
 app = typer.Typer(
     name="mell",
@@ -35,25 +35,27 @@ def up(context: typer.Context) -> None:
 @serve.command(context_settings=_PASSED_ON)
 def frontend(context: typer.Context) -> None:
     """Answer HTTP. `--help` shows the settings."""
-    load("mell_frontend.__main__", "frontend").main(context.args)
+    _serve("mell_frontend", "frontend", context.args)
 
 
 @serve.command(context_settings=_PASSED_ON)
 def scheduler(context: typer.Context) -> None:
     """Place sequences on workers. `--help` shows the settings."""
-    load("mell_scheduler.__main__", "scheduler").main(context.args)
+    _serve("mell_scheduler", "scheduler", context.args)
 
 
 @serve.command("gpu-worker", context_settings=_PASSED_ON)
 def gpu_worker(context: typer.Context) -> None:
     """Run a model. `--help` shows the settings."""
-    load("mell_gpu_worker.__main__", "gpu-worker").main(context.args)
+    _serve("mell_gpu_worker", "gpu-worker", context.args)
 
 
 @app.command(context_settings=_PASSED_ON)
 def simulate(context: typer.Context) -> None:
-    """Replay a trace against the scheduling policies. `--help` shows the settings."""
-    load("mell_scheduler.sim.command", "scheduler").main(context.args)
+    """Replay a trace and show how many GPUs each policy would need. `--help` shows the settings."""
+    command = typer.Typer(add_completion=False)
+    command.command()(load("mell_scheduler.sim.command", "scheduler").simulate_command)
+    command(context.args, prog_name="mell simulate")
 
 
 @app.command(context_settings=_PASSED_ON)
@@ -112,6 +114,11 @@ def version() -> None:
     from importlib.metadata import version as installed  # noqa: PLC0415 - keeps `mell --help` quick
 
     sys.stdout.write(f"mell {installed('mell')}\n")
+
+
+def _serve(package: str, extra: str, arguments: list[str]) -> None:
+    with needing(extra):
+        load(f"{package}.__main__", extra).main(arguments)
 
 
 def main() -> None:

@@ -1,15 +1,12 @@
 """Finds the model and calibrates prompts before anything is measured."""
 
-import asyncio
-import json
 import random
-import urllib.error
-import urllib.request
 
 from mell_console.bench.client import Target, ask
 from mell_console.bench.measure import Outcome
 from mell_console.bench.prompts import Calibration, calibrate, make_prompt
 from mell_console.bench.settings import BenchSettings
+from mell_console.get import GetError, get_json
 
 _ANSWER_S = 30.0
 _OUTPUT_TOKENS = 4
@@ -26,18 +23,11 @@ def find_model(settings: BenchSettings) -> str:
     if settings.model:
         return settings.model
     url = f"{settings.origin}/v1/models"
-    request = urllib.request.Request(url)  # noqa: S310 - the settings allow http and https only
-    if settings.api_key:
-        request.add_header("authorization", f"Bearer {settings.api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:  # noqa: S310 - as above
-            return str(json.loads(answer.read())["data"][0]["id"])
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise BenchError(f"{url} answers {error.code}: check the URL and --api-key, or name a --model") from error
-    except OSError as error:
-        raise BenchError(f"{settings.origin} does not answer ({_reason(error)}): is the server up?") from error
-    except (ValueError, LookupError, TypeError) as error:
+        return str(get_json(url, settings.api_key, _ANSWER_S)["data"][0]["id"])
+    except GetError as error:
+        raise BenchError(f"{error}; check the URL and --api-key, or name a --model") from error
+    except (LookupError, TypeError) as error:
         raise BenchError(f"{url} lists no models: name one with --model") from error
 
 
@@ -54,7 +44,6 @@ async def warm_up(target: Target) -> Calibration:
         if outcome.error:
             raise BenchError(_advice(target, outcome))
         measured.append((words, outcome.prompt_tokens))
-    await asyncio.sleep(0)
     return calibrate(measured[0], measured[1])
 
 
@@ -63,7 +52,3 @@ def _advice(target: Target, outcome: Outcome) -> str:
     if outcome.error.startswith("400") and target.settings.ignore_eos:
         return f"{said}; if the server does not know ignore_eos, use --no-ignore-eos"
     return said
-
-
-def _reason(error: OSError) -> str:
-    return str(getattr(error, "reason", None) or error)

@@ -1,12 +1,9 @@
 """Asks the frontend whether the stack works as a whole: each service may be ready before they know each other."""
 
 import asyncio
-import json
 import time
-import urllib.error
-import urllib.request
-from typing import Any
 
+from mell_console.get import GetError, get_json
 from mell_shared.process import StartError
 
 _POLL_S = 0.1
@@ -31,18 +28,9 @@ async def await_workers(url: str, api_key: str, workers: int, deadline_s: float)
 def _missing(url: str, api_key: str, workers: int) -> str:
     """Return what is still missing, or nothing."""
     try:
-        _get(f"{url}/ready", api_key)
-        status = _get(f"{url}/admin/status", api_key)
-    except (OSError, ValueError) as error:
+        get_json(f"{url}/ready", api_key, _ANSWER_S)
+        status = get_json(f"{url}/admin/status", api_key, _ANSWER_S)
+    except GetError as error:
         return str(error)
     usable = [worker for worker in status.get("workers", []) if worker.get("state") in _USABLE]
     return "" if len(usable) >= workers else f"{len(usable)} of {workers} workers are known to the scheduler"
-
-
-def _get(url: str, api_key: str) -> Any:
-    request = urllib.request.Request(url)  # noqa: S310 - our own frontend's URL
-    if api_key:
-        request.add_header("authorization", f"Bearer {api_key}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=_ANSWER_S) as answer:
-        return json.loads(answer.read() or b"{}")
