@@ -1,0 +1,186 @@
+"""Mell's real processes for a test: a broker, a scheduler, workers with the fake engine, a frontend."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mell_shared.nats_server import NatsServer
+from mell_shared.process import death_with_parent
+
+_PATIENCE_S = 30.0
+"""Only ends a test that has failed."""
+
+_QUICK = {
+    "MELL_LOG_FORMAT": "json",
+    "MELL_REPORT_INTERVAL_S": "0.2",
+    "MELL_STATUS_INTERVAL_S": "0.2",
+    "MELL_WORKER_SILENCE_S": "1.5",
+}
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """Return the first true value of `condition`."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Service:
+    """One process of Mell, with its log."""
+
+    def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=death_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one system call, allocates nothing
+            )
+
+    def lines(self) -> list[str]:
+        """Return all that it wrote, by line."""
+        return self._log.read_text().splitlines()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of that name that it has logged."""
+        lines = [line for line in self.lines() if line.startswith("{") and line.endswith("}")]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def ready(self) -> dict[str, Any]:
+        """Wait for its `ready` event and return it."""
+        events = eventually(
+            lambda: self.events("ready") or self.process.poll() is not None, f"ready in {self._log.read_text()}"
+        )
+        assert isinstance(events, list), f"it ended: {self._log.read_text()}"
+        return dict(events[0])
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+    def exit_code(self) -> int:
+        """Wait for its end."""
+        return self.process.wait(_PATIENCE_S)
+
+
+class Stack:
+    """The processes of one test; all are gone when the context is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._services: list[Service] = []
+        self.broker = NatsServer(folder / "nats")
+
+    def __enter__(self) -> "Stack":
+        self.broker.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill(*self._services)
+        self.broker.kill()
+
+    def kill(self, *services: Service) -> None:
+        """End processes as a crash does."""
+        for service in services:
+            service.kill()
+
+    def start(self, module: str, *arguments: str) -> Service:
+        """Start one more process."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MELL_")}
+        environment |= _QUICK | {"MELL_NATS_URL": self.broker.url}
+        log = self._folder / f"{len(self._services)}-{module}.log"
+        service = Service(module, list(arguments), environment, log)
+        self._services.append(service)
+        return service
+
+    def start_scheduler(self) -> Service:
+        """Start a scheduler."""
+        return self.start("mell_scheduler")
+
+    def start_worker(self, name: str, *, step_us: int = 10_000, kv_blocks: int = 256) -> Service:
+        """Start a worker whose steps take `step_us`."""
+        limits = ["--max-model-len", "4096", "--kv-blocks", str(kv_blocks), "--fake-step-us", str(step_us)]
+        return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits)
+
+    def start_frontend(self) -> Service:
+        """Start a frontend on a free port."""
+        return self.start("mell_frontend", "--models", "fake", "--port", "0")
+
+    def client(self, frontend: Service) -> httpx.Client:
+        """Return a client of a frontend that is ready."""
+        return httpx.Client(base_url=frontend.ready()["url"], timeout=_PATIENCE_S, trust_env=False)
+
+
+def chat(max_tokens: int, **more: Any) -> dict[str, Any]:
+    """Return the body of a chat request whose text depends on nothing but itself."""
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    return {
+        "model": "fake",
+        "messages": messages,
+        "seed": 7,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        **more,
+    }
+
+
+def whole_text(client: httpx.Client, max_tokens: int) -> str:
+    """Return the text of an undisturbed answer."""
+    response = client.post("/v1/chat/completions", json=chat(max_tokens))
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+class StreamedChat:
+    """One streamed answer, read chunk by chunk."""
+
+    def __init__(self, client: httpx.Client, max_tokens: int) -> None:
+        self._request = client.build_request("POST", "/v1/chat/completions", json=chat(max_tokens, stream=True))
+        self._response = client.send(self._request, stream=True)
+        assert self._response.status_code == 200, self._response.read()
+        self._lines = self._response.iter_lines()
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.done = False
+
+    def read(self, characters: int | None = None) -> str:
+        """Read until the text has that many characters, or to the end; returns all text so far."""
+        while not self.done and (characters is None or len(self.text) < characters):
+            self._take(next(self._lines))
+        return self.text
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._response.close()
+
+    def _take(self, line: str) -> None:
+        if not line.startswith("data: "):
+            assert not line or line.startswith(":"), f"not an event: {line}"
+            return
+        data = line.removeprefix("data: ")
+        if data == "[DONE]":
+            self.done = True
+            return
+        chunk = json.loads(data)
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            self.text += choice["delta"].get("content") or ""
+            self.finish_reason = choice["finish_reason"] or self.finish_reason

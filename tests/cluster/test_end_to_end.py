@@ -1,0 +1,160 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.stack import Service, Stack, StreamedChat, eventually, whole_text
+
+pytestmark = pytest.mark.connected
+
+Team = Callable[..., dict[str, Service]]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A broker and a scheduler, which every test here shares, and whatever a test starts on them."""
+    with Stack(tmp_path_factory.mktemp("stack")) as stack:
+        stack.start_scheduler().ready()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def frontend(stack: Stack) -> Service:
+    """A frontend that tests share; they must not stop it."""
+    service = stack.start_frontend()
+    service.ready()
+    return service
+
+
+@pytest.fixture
+def client(stack: Stack, frontend: Service) -> Iterator[httpx.Client]:
+    """A client of the shared frontend."""
+    with stack.client(frontend) as client:
+        yield client
+
+
+@pytest.fixture
+def team(stack: Stack) -> Iterator[Team]:
+    """Start workers of these names, which must be new; they are gone after the test."""
+    started: dict[str, Service] = {}
+
+    def start(*names: str, step_us: int = 20_000) -> dict[str, Service]:
+        started.update({name: stack.start_worker(name, step_us=step_us) for name in names})
+        for worker in started.values():
+            worker.ready()
+        return started
+
+    yield start
+    for worker in started.values():
+        worker.ask_to_stop()  # so that the scheduler knows that they are gone
+    for worker in started.values():
+        worker.exit_code()
+
+
+def running(client: httpx.Client) -> dict[str, int]:
+    """Return how many sequences each worker runs, by name, as the scheduler sees it."""
+    status: dict[str, Any] = client.get("/admin/status").raise_for_status().json()
+    return {worker["name"]: worker["running"] for worker in status["workers"]}
+
+
+def busy_worker(client: httpx.Client, names: dict[str, Service]) -> str:
+    """Wait until one of the workers runs something; returns its name."""
+    return str(
+        eventually(lambda: next((n for n, count in running(client).items() if count and n in names), None), "work")
+    )
+
+
+def test_a_chat_is_streamed_through_all_services(client: httpx.Client, team: Team) -> None:
+    """Streamed and whole answers to the same request hold the same text."""
+    team("chat", step_us=2_000)
+    assert client.get("/ready").status_code == 200
+    stream = StreamedChat(client, 50)
+    assert stream.read() == whole_text(client, 50)
+    assert len(stream.text) == 50
+    assert stream.finish_reason == "length"
+
+
+def test_a_killed_worker_is_replaced_in_mid_stream(client: httpx.Client, frontend: Service, team: Team) -> None:
+    """The stream goes on elsewhere without a gap or a repeat: its text is that of an undisturbed answer."""
+    workers = team("killed-1", "killed-2")
+    expected = whole_text(client, 100)
+    stream = StreamedChat(client, 100)
+    stream.read(5)
+    workers[busy_worker(client, workers)].kill()
+    assert len(stream.text) < 100
+    assert stream.read() == expected
+    assert len(frontend.events("sequence_placed_again")) == 1
+
+
+def test_a_worker_that_stops_hands_its_streams_over(client: httpx.Client, team: Team) -> None:
+    """SIGTERM to a worker: its stream is finished there or elsewhere, whole, and it exits cleanly."""
+    workers = team("stopped-1", "stopped-2")
+    expected = whole_text(client, 80)
+    stream = StreamedChat(client, 80)
+    stream.read(5)
+    leaving = workers[busy_worker(client, workers)]
+    leaving.ask_to_stop()
+    assert stream.read() == expected
+    assert leaving.exit_code() == 0
+
+
+def test_a_client_that_leaves_frees_its_worker(client: httpx.Client, frontend: Service, team: Team) -> None:
+    """Nothing of its sequence is left on the worker, and the frontend serves on."""
+    workers = team("left")
+    stream = StreamedChat(client, 3000)
+    stream.read(5)
+    busy_worker(client, workers)
+    stream.leave()
+    eventually(lambda: running(client)["left"] == 0, "the worker runs nothing")
+    assert len(whole_text(client, 10)) == 10
+    (left,) = [event for event in frontend.events("request") if event.get("disconnected")]
+    assert left["completion_tokens"] < 3000
+
+
+def test_a_broker_that_crashes_and_returns_costs_no_text(stack: Stack, client: httpx.Client, team: Team) -> None:
+    """What was lost meanwhile is sent again; the text is that of an undisturbed answer."""
+    team("cut-off")
+    expected = whole_text(client, 80)
+    stream = StreamedChat(client, 80)
+    stream.read(5)
+    stack.broker.kill()
+    stack.broker.start()
+    assert stream.read() == expected
+    assert len(whole_text(client, 10)) == 10
+
+
+def test_a_frontend_that_stops_finishes_its_streams(stack: Stack, team: Team) -> None:
+    """After SIGTERM it is not ready and takes nothing new; what it streams comes to its end."""
+    team("outliving")
+    stopping = stack.start_frontend()
+    with stack.client(stopping) as client:
+        expected = whole_text(client, 80)
+        stream = StreamedChat(client, 80)
+        stream.read(5)
+        stopping.ask_to_stop()
+        eventually(lambda: client.get("/ready").status_code == 503, "not ready")
+        refused = client.post("/v1/completions", json={"model": "fake", "prompt": "x", "max_tokens": 1})
+        assert refused.status_code == 503
+        assert stream.read() == expected
+    assert stopping.exit_code() == 0
+
+
+def test_without_a_worker_the_answer_is_503(client: httpx.Client) -> None:
+    """The cluster lives, nobody serves the model: said so, with when to come back."""
+    eventually(lambda: not running(client), "no workers")
+    response = client.post("/v1/completions", json={"model": "fake", "prompt": "x", "max_tokens": 1})
+    assert response.status_code == 503, response.text
+    assert response.json()["error"]["message"]
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_a_taken_port_and_a_missing_broker_are_said_in_one_line(stack: Stack, frontend: Service) -> None:
+    """Exit code 1 and one line that says what to do."""
+    port = frontend.ready()["url"].rpartition(":")[2]
+    second = stack.start("mell_frontend", "--models", "fake", "--port", port)
+    lost = stack.start("mell_frontend", "--models", "fake", "--port", "0", "--nats-url", "nats://127.0.0.1:9")
+    for service, hint in ((second, "--port"), (lost, "127.0.0.1:9")):
+        assert service.exit_code() == 1
+        (line,) = service.lines()
+        assert hint in line
