@@ -34,7 +34,7 @@ from mell_gpu_worker.engine_runner import EngineRunner
 from mell_gpu_worker.metrics import WorkerCounts
 from mell_gpu_worker.settings import WorkerSettings
 from mell_shared.actor import Actor
-from mell_shared.bus import Bus, BusError, Delivery
+from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.base import Message
@@ -72,20 +72,18 @@ class WorkerService:
         self._log = structlog.get_logger()
         self._actor: Actor[Event] = Actor("gpu_worker", self._handle)
         self._connected = True
+        self._subscriptions: list[Subscription] = []
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set and everything is said, or the engine fails; the bus stays open."""
         worker = self.core.config.spec.worker
         self._bus.on_reconnect(self._tell_reconnection)
-        subscriptions = [
-            await self._bus.subscribe(self._subjects.worker_commands(worker), self._deliver),
-            await self._bus.subscribe(self._subjects.all_workers, self._deliver),
-        ]
+        for subject in (self._subjects.worker_commands(worker), self._subjects.all_workers):
+            self._subscriptions.append(await self._bus.subscribe(subject, self._deliver))
         try:
             await self._actor.run(partial(self._started, stop))
         finally:
-            for subscription in subscriptions:
-                await subscription.unsubscribe()
+            await self._unsubscribe()
 
     def _started(self, stop: asyncio.Event) -> None:
         self._actor.spawn(self._bus.watch())
@@ -172,7 +170,12 @@ class WorkerService:
             case Exit(failure):
                 self.failure = failure
                 self._log.info("stopped", failure=failure)
+                await self._unsubscribe()
                 self._actor.stop()
+
+    async def _unsubscribe(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.unsubscribe()
 
     async def _run_step(self, command: RunStep) -> None:
         await self._actor.put(await self._engine.step(command.rows))

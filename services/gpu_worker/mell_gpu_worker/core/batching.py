@@ -234,4 +234,3 @@ class Batcher:
             assert sequence.computed < tokens, f"{sequence.sequence} has nothing left to compute"
             assert tokens <= len(sequence.blocks) * self.pool.block_tokens + 1, f"{sequence.sequence} lacks blocks"
         assert not any(sequence.blocks or sequence.computed for sequence in self.waiting), "who waits holds something"
-
