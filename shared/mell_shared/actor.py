@@ -49,17 +49,19 @@ class Actor(Generic[Item]):
             await self._emptied.wait()
         self.post(item)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` beside the loop; it is cancelled when the actor stops. Only while `run` runs."""
-        assert self._group is not None, "the actor runs"
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside the loop; it is cancelled when the actor stops, and not begun once it has stopped."""
+        if self._group is None:
+            assert self._stopping, "the actor runs"
+            work.close()
+            return
         task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
-    def every(self, interval_s: float, make: Callable[[], Item]) -> asyncio.Task[None]:
+    def every(self, interval_s: float, make: Callable[[], Item]) -> None:
         """Post what `make` returns now and after each interval; a full mailbox misses it."""
-        return self.spawn(self._tick(interval_s, make))
+        self.spawn(self._tick(interval_s, make))
 
     def stop(self) -> None:
         """End `run` after the items that wait now; safe to repeat."""

@@ -57,7 +57,7 @@ class Deliveries:
         self._tasks: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], None]] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._watched = False
+        self._told = False
 
     @property
     def ended(self) -> bool:
@@ -87,19 +87,20 @@ class Deliveries:
 
     async def watch(self) -> None:
         """Return when the bus is closed; raise what ended it before."""
-        self._watched = True
-        await asyncio.shield(self._ended)
+        await asyncio.wait({self._ended})
+        self._told = True
+        self._ended.result()
 
     async def close(self) -> None:
-        """Stop all consumers; raise a failure that nobody watched."""
+        """Stop all consumers; raise a failure that nobody was told of."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if not self._ended.done():
             self._ended.set_result(None)
-        elif not self._watched:
-            self._watched = True
+        elif not self._told:
+            self._told = True
             self._ended.result()
 
     async def _call_back(self) -> None:

@@ -42,13 +42,21 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class _Client(Client):
-    """nats-py's client, but one that gives up a connection without waiting for its unsent bytes to leave."""
+    """nats-py's client with two repairs: pings keep their place, and a dead connection is given up at once."""
 
     def abort(self) -> None:
         """Drop the socket now; nothing on one that is closed."""
         writer = getattr(self._transport, "_bare_io_writer", None)
         if writer is not None:
             writer.transport.abort()
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # Else it overtakes what waits to be written, and its answer proves nothing of that.
+        if self._transport is not None and self._pending:
+            self._transport.writelines(self._pending[:])
+            self._pending.clear()
+            self._pending_data_size = 0
+        await super()._send_ping(future)
 
     async def _process_op_err(self, e: Exception) -> None:
         # Else the reconnection waits until the dead connection has been emptied, which it never is.

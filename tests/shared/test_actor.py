@@ -124,7 +124,7 @@ async def test_a_spawned_task_s_exception_ends_the_actor() -> None:
 
     actor = Actor("a", handle)
     with capture_logs(), pytest.raises(ExceptionGroup) as caught:
-        await actor.run(lambda: actor.spawn(broken()) and None)
+        await actor.run(lambda: actor.spawn(broken()))
     assert caught.group_contains(ZeroDivisionError)
 
 
@@ -142,11 +142,30 @@ async def test_stopping_cancels_spawned_work() -> None:
             ended.set()
 
     actor = Actor("a", handle)
-    running = asyncio.create_task(actor.run(lambda: actor.spawn(endless()) and None))
+    running = asyncio.create_task(actor.run(lambda: actor.spawn(endless())))
     await asyncio.sleep(0)
     actor.stop()
     await running
     assert ended.is_set()
+
+
+async def test_work_for_a_stopped_actor_is_not_begun() -> None:
+    """A late delivery that spawns after the stop disturbs nothing; spawning before the start is a bug."""
+
+    async def handle(_item: int) -> None:
+        return
+
+    async def late() -> None:
+        raise ZeroDivisionError
+
+    actor = Actor("a", handle)
+    work = late()
+    with pytest.raises(AssertionError):
+        actor.spawn(work)
+    work.close()
+    actor.stop()
+    await actor.run()
+    actor.spawn(late())
 
 
 def test_ticks_come_at_their_interval_and_are_not_made_up_for() -> None:
@@ -163,7 +182,7 @@ def test_ticks_come_at_their_interval_and_are_not_made_up_for() -> None:
 
         actor = Actor("a", handle, max_items=1)
         loop.call_later(14.5, actor.stop)
-        await actor.run(lambda: actor.every(1.0, loop.time) and None)
+        await actor.run(lambda: actor.every(1.0, loop.time))
 
     run_virtually(scenario())
     assert ticks == [0.0, 1.0, 2.0, 3.0, 13.0, 14.0]

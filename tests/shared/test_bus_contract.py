@@ -295,6 +295,24 @@ async def test_a_failure_nobody_watched_leaves_close(harness: BusHarness) -> Non
     await bus.close()
 
 
+async def test_a_watcher_that_left_before_the_failure_was_not_told(harness: BusHarness) -> None:
+    """A failure during the service's stop, when nobody watches any more, is not lost."""
+    bus = await harness.connect()
+
+    async def broken(_delivery: Delivery) -> None:
+        raise ZeroDivisionError
+
+    await bus.subscribe("bug", broken)
+    watching = asyncio.create_task(bus.watch())
+    await asyncio.sleep(0)
+    watching.cancel()
+    await bus.publish("bug", b"")
+    await eventually(lambda: not bus.connected)
+    with pytest.raises(ZeroDivisionError):
+        await bus.close()
+    assert watching.cancelled()
+
+
 async def test_the_bus_survives_its_broker(harness: BusHarness) -> None:
     """While the broker is away nothing is sent or kept; afterwards the callback runs and subscriptions work again."""
     source, target = await harness.connect(), await harness.connect()
