@@ -1,5 +1,6 @@
 """Tiny random models, one for each architecture that the engine must run exactly."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def make_config(**changes: Any) -> Any:
 def save_model(config: Any, folder: Path) -> Any:
     """Save a model with random weights in `folder`; return it, in float32, with its own eager attention."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    build: Callable[..., Any] = AutoModelForCausalLM.from_config
+    model = build(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Left at their initial 0 or 1, biases, norms and sinks would hide a fault.

@@ -29,9 +29,11 @@ class Tally:
                 self.ties += 1
                 return
 
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens compared with generate, {self.ties} ties"
+
     def check(self) -> None:
-        """Print the count; ties must be rare."""
-        print(f"{self.tokens} tokens compared with generate, {self.ties} ties")
+        """Ties must be rare."""
         assert self.ties * RAREST_TIE <= max(self.tokens, RAREST_TIE)
 
 

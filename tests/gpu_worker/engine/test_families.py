@@ -14,10 +14,11 @@ REQUESTS = 9
 
 
 @pytest.fixture(scope="module")
-def tally() -> Iterator[Tally]:
-    """Counts over all families; checked at the end."""
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """Counts over all families; told and checked at the end."""
     counts = Tally()
     yield counts
+    request.config.get_terminal_writer().line(f"\n{counts}")
     counts.check()
 
 
