@@ -37,7 +37,7 @@ class PackingPolicy:
     def __init__(self, name: str, cluster: Cluster, rule: Rule) -> None:
         self.name = name
         self.cluster = cluster
-        self._rule = rule
+        self.rule = rule
 
     def add_gpu(self, spec: GpuSpec) -> None:
         """See `base.Policy`."""
@@ -76,7 +76,7 @@ class PackingPolicy:
 
     def allocate(self, item: Item, exclude: Collection[GpuId] = ()) -> GpuId | None:
         """See `base.Policy`."""
-        gpu = self._rule.choose(item, exclude)
+        gpu = self.rule.choose(item, exclude)
         if gpu is None:
             return None
         self.cluster.put(item, gpu)
@@ -109,8 +109,8 @@ class PackingPolicy:
     def epoch(self, now_us: int) -> list[Move]:
         """See `base.Policy`."""
         self.cluster.epoch_number += 1
-        moves = plan_drains(self.cluster, self._rule)
-        moves += self._rule.plan(now_us)
+        moves = plan_drains(self.cluster, self.rule)
+        moves += self.rule.plan(now_us)
         return sorted(moves, key=lambda move: move.reason)
 
     def moved(self, item_id: ItemId) -> None:
@@ -166,7 +166,7 @@ class PackingPolicy:
     def check(self) -> None:
         """See `base.Policy`."""
         self.cluster.check()
-        self._rule.check()
+        self.rule.check()
 
 
 def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:

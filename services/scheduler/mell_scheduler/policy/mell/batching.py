@@ -154,6 +154,10 @@ class Mell:
 
     # --- access
 
+    def bins_in_use(self) -> list[Bin]:
+        """Bins that hold units, in order of their GPUs' arrival; for proofs."""
+        return [self._bins[slot] for slot in sorted(self._bins) if self._bins[slot].units]
+
     def _bin(self, gpu: GpuRecord) -> Bin:
         bin_ = self._bins.get(gpu.slot)
         if bin_ is None:

@@ -7,7 +7,7 @@ after each kind of departure.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from mell_scheduler.policy.base import PriorityWeights, Reason
 from mell_scheduler.policy.mell.bins import Bin, Unit
@@ -41,6 +41,8 @@ class Packing:
         self._ports = ports
         self._weights = weights
         self._touched: dict[int, Bin] = {}
+        self._vacated: dict[int, Bin] = {}
+        """Emptied in this plan, and so not standing by yet: the first to be filled anew."""
 
     # --- changes to bins
 
@@ -48,6 +50,7 @@ class Packing:
         """The bin has changed: file it, and bring it in order in the next `restore`."""
         if bin_.units and not bin_.keys:
             bin_.activated = self._ports.next_seq()
+            bin_.kind = None
         self.shelf.file(bin_, self._ports.usable(bin_))
         self._touched[bin_.slot] = bin_
 
@@ -55,6 +58,7 @@ class Packing:
         """The bin's GPU is gone."""
         self.shelf.file(bin_, usable=False)
         self._touched.pop(bin_.slot, None)
+        self._vacated.pop(bin_.slot, None)
 
     def put(self, unit: Unit, target: Bin) -> None:
         """Plan a unit to be on a bin."""
@@ -67,6 +71,8 @@ class Packing:
         source = unit.bin
         source.discard(unit)
         self.touch(source)
+        if not source.units:
+            self._vacated[source.slot] = source
         return source
 
     # --- allocate
@@ -97,9 +103,8 @@ class Packing:
         best = self._best(self.shelf.lonely(unit.size), unit, fits, avoid, to_evict=True)
         if best is not None:
             return best
-        for bin_ in islice(self.shelf.latest(unit.cls), _CANDIDATES):
-            open_ = len(bin_.of_class(unit.cls)) < QUOTA[unit.cls]
-            if bin_ is not avoid and open_ and self._room_with_eviction(bin_) >= unit.size and fits(bin_, unit):
+        for bin_ in islice(self.shelf.open(unit.cls), _CANDIDATES):
+            if bin_ is not avoid and self._room_with_eviction(bin_) >= unit.size and fits(bin_, unit):
                 return bin_
         return self._new_bin(unit, avoid)
 
@@ -121,7 +126,9 @@ class Packing:
         return weights.free * bin_.free / bin_.capacity - weights.load * len(bin_.units) / 8.0 + weights.distance * near
 
     def _new_bin(self, unit: Unit, avoid: Bin | None) -> Bin | None:
-        return next((b for b in self._ports.empty_bins(unit.size) if b is not avoid and not b.units), None)
+        empty = chain(self._vacated.values(), self._ports.empty_bins(unit.size))
+        fits = (b for b in empty if not b.units and b.free >= unit.size and b is not avoid)
+        return next((b for b in fits if self._ports.usable(b)), None)
 
     def reallocate(self, unit: Unit, reason: Reason = Reason.ATTACHED, avoid: Bin | None = None) -> bool:
         """Depart and allocate again, T's making room; with nowhere to go the unit stays, and False."""
@@ -200,6 +207,7 @@ class Packing:
             visits[slot] = visits.get(slot, 0) + 1
             if visits[slot] <= _VISITS and self._ports.usable(bin_):
                 self._restore(bin_)
+        self._vacated.clear()
 
     def _restore(self, bin_: Bin) -> None:
         was, bin_.kind = bin_.kind, bin_.cls
@@ -237,19 +245,28 @@ class Packing:
         for unit in bin_.of_class(SizeClass.S, SizeClass.M):
             if self._ports.movable(unit) and next(self.shelf.lonely(unit.size), None) is not None:
                 self.reallocate(unit)
-        cls = bin_.cls
-        if cls in QUOTA and len(bin_.of_class(cls)) < QUOTA[cls] and not self.shelf.is_latest(bin_):
-            self._refill(bin_, cls)
+        if bin_.cls in QUOTA:
+            self._complete(bin_.cls)
         if bin_.cls is SizeClass.M:
             self._backfill(bin_)
 
-    def _refill(self, bin_: Bin, cls: SizeClass) -> None:
-        latest = next(self.shelf.latest(cls))
-        room = self._room_with_eviction(bin_)
-        for unit in sorted(latest.of_class(cls), key=lambda u: (-u.size, u.seq)):
+    def _complete(self, cls: SizeClass) -> None:
+        """At most one bin of a class is short of its quota: the oldest takes from the latest that is.
+
+        If it is the only one, from the latest of all: unless it is that one itself.
+        """
+        open_ = list(islice(self.shelf.open(cls), _CANDIDATES))
+        if not open_:
+            return
+        target = open_[-1]
+        source = open_[0] if len(open_) > 1 else next(self.shelf.latest(cls))
+        if source is target:
+            return
+        room = self._room_with_eviction(target)
+        for unit in sorted(source.of_class(cls), key=lambda u: (-u.size, u.seq)):
             if unit.size <= room and self._ports.movable(unit):
                 self.take(unit)
-                self._put_evicting(unit, bin_)
+                self._put_evicting(unit, target)
                 return
 
     def _restore_t(self, bin_: Bin) -> None:

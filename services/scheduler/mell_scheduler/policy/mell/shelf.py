@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mell_scheduler.policy.free_index import FreeIndex
 from mell_scheduler.policy.mell.bins import Bin, Unit
-from mell_scheduler.policy.mell.sizes import SizeClass
+from mell_scheduler.policy.mell.sizes import QUOTA, SizeClass
 
 _LONELY = "lonely"
 
@@ -18,6 +18,8 @@ class Shelf:
         for cls in SizeClass:
             self._indices[_age(cls)] = FreeIndex()
             self._indices[_room(cls)] = FreeIndex()
+        for cls in QUOTA:
+            self._indices[_open(cls)] = FreeIndex()
         self._sm = FreeIndex()
         self._sm_units: dict[int, Unit] = {}
 
@@ -62,6 +64,10 @@ class Shelf:
         assert bin_.cls is not None
         return next(self.latest(bin_.cls), None) is bin_
 
+    def open(self, cls: SizeClass) -> Iterator[Bin]:
+        """M- or S-GPUs that hold fewer than their quota, the most recently activated first."""
+        return (self.bins[slot] for slot in self._indices[_open(cls)].descending())
+
     def emptiest(self, cls: SizeClass) -> Iterator[Bin]:
         """Bins of a class, the most room first."""
         return (self.bins[slot] for slot in self._indices[_room(cls)].descending())
@@ -96,6 +102,8 @@ def _keys(bin_: Bin) -> dict[str, int]:
     if cls is None:
         return {}
     keys = {_age(cls): bin_.activated, _room(cls): bin_.free}
+    if cls in QUOTA and len(bin_.of_class(cls)) < QUOTA[cls]:
+        keys[_open(cls)] = bin_.activated
     if cls is SizeClass.L:
         others = bin_.of_class(SizeClass.S, SizeClass.M)
         larges = bin_.of_class(SizeClass.L)
@@ -106,6 +114,10 @@ def _keys(bin_: Bin) -> dict[str, int]:
 
 def _age(cls: SizeClass) -> str:
     return f"age {cls.name}"
+
+
+def _open(cls: SizeClass) -> str:
+    return f"open {cls.name}"
 
 
 def _room(cls: SizeClass) -> str:
