@@ -160,7 +160,11 @@ async def running_worker(
     """Run a worker while the context lasts; what its run raises is the test's to look at in `task`."""
     thread = EngineThread()
     service = WorkerService(
-        core_config(settings, "w1", engine.spec), EngineRunner(engine, thread), bus, SUBJECTS, clock
+        core_config(settings, "w1", engine.spec),
+        EngineRunner(engine, thread, settings.step_timeout_s),
+        bus,
+        SUBJECTS,
+        clock,
     )
     stop = asyncio.Event()
     task = asyncio.create_task(service.run(stop))

@@ -22,11 +22,25 @@ from .streaming import SUBJECTS, SmallFrontend
 FAKE = ("--engine", "fake", "--subject-prefix", SUBJECTS.prefix, "--log-format", "json")
 
 
+WORKER = ("-m", "mell_gpu_worker")
+SLOW_TO_LOAD = """
+import sys, time
+import mell_gpu_worker.__main__ as worker
+def load(options):
+    print('{"event": "loading"}', flush=True)
+    time.sleep(600)
+worker.make_engine = load
+worker.main(sys.argv[1:])
+"""
+
+
 @asynccontextmanager
-async def worker_process(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def worker_process(
+    *arguments: str, program: tuple[str, ...] = WORKER
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A worker in a process of its own, dead when the context ends."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "mell_gpu_worker", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable, *program, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         yield process
@@ -125,6 +139,14 @@ async def test_an_engine_that_cannot_be_built_says_why_in_one_line(nats_server: 
     assert returned == 1
     assert len(lines) == 1
     assert "the fake engine runs on the CPU" in lines[0]
+
+
+async def test_a_worker_told_to_stop_while_it_loads_does_stop(nats_server: NatsServer) -> None:
+    """Loading may take minutes; SIGTERM ends it at once, with exit code 0."""
+    async with worker_process(*FAKE, "--nats-url", nats_server.url, program=("-c", SLOW_TO_LOAD)) as process:
+        await logged(process, "loading")
+        process.send_signal(signal.SIGTERM)
+        assert await exit_of(process) == (0, [])
 
 
 def test_the_fake_engine_serves_the_fake_model_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,9 +260,11 @@ class GatedEngine(FakeEngine):
         return super().execute(rows)
 
 
-async def play_gated(scene: Callable[[RunningWorker, SmallFrontend, GatedEngine], Awaitable[None]]) -> None:
+async def play_gated(
+    scene: Callable[[RunningWorker, SmallFrontend, GatedEngine], Awaitable[None]], **changes: object
+) -> None:
     """Run a scene with a gated engine on an in-memory bus, in real time."""
-    settings = worker_settings(fake_step_us=1)
+    settings = worker_settings(fake_step_us=1, **changes)
     memory = MemoryBroker(seed=1)
     bus, frontend = memory.connect(), SmallFrontend(memory.connect())
     await frontend.start()
@@ -320,6 +322,18 @@ async def test_a_bug_in_the_engine_ends_the_run_with_its_traceback() -> None:
         assert caught.group_contains(ZeroDivisionError, match="a bug")
 
     await play_gated(scene)
+
+
+async def test_a_step_that_never_ends_is_a_failed_engine() -> None:
+    """The worker gives everything back and ends, though the step still hangs."""
+
+    async def scene(worker: RunningWorker, frontend: SmallFrontend, engine: GatedEngine) -> None:
+        await frontend.submit("w1", submit("a"))
+        await worker.task
+        assert "MELL_STEP_TIMEOUT_S" in worker.service.failure
+        assert [eviction.sequence for eviction in frontend.evicted] == ["a"]
+
+    await play_gated(scene, step_timeout_s=0.05)
 
 
 # --- on a real broker

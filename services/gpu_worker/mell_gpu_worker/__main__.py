@@ -1,12 +1,14 @@
 """`python -m mell_gpu_worker`: builds everything and hands it down."""
 
 import asyncio
+import gc
+import os
 import sys
 from functools import partial
 
 from mell_gpu_worker.engine.base import Engine, EngineError
 from mell_gpu_worker.engine.factory import make_engine
-from mell_gpu_worker.engine_runner import EngineRunner, EngineThread
+from mell_gpu_worker.engine_runner import EngineRunner, EngineThread, engine_thread_hangs
 from mell_gpu_worker.metrics import WorkerCollector
 from mell_gpu_worker.service import WorkerService, core_config
 from mell_gpu_worker.settings import WorkerSettings
@@ -26,7 +28,23 @@ def main(arguments: list[str]) -> None:
     settings = WorkerSettings.from_command_line(arguments)
     worker = process_id(settings.worker_name)
     configure_logging(settings.log_level, settings.log_format, service="gpu_worker", process=worker)
-    run_service(partial(serve, settings, worker))
+    try:
+        run_service(partial(serve, settings, worker))
+    except SystemExit as leaving:
+        _leave_if_engine_hangs(leaving.code)
+        raise
+    _leave_if_engine_hangs(0)
+
+
+def _leave_if_engine_hangs(code: object) -> None:
+    """End the process at once if weights are still loading, or a step never ended.
+
+    Native code in a daemon thread may abort the process when the interpreter ends under it.
+    """
+    if engine_thread_hangs():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> None:
@@ -36,9 +54,14 @@ async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> N
     try:
         engine = await _load_engine(settings, thread, stop)
         if engine is not None:
+            # What libraries made while loading lives as long as the process: never look through it for garbage again.
+            gc.collect()
+            gc.freeze()
             config = core_config(settings, worker, engine.spec)
             subjects = Subjects(settings.subject_prefix)
-            service = WorkerService(config, EngineRunner(engine, thread), bus, subjects, SystemClock())
+            service = WorkerService(
+                config, EngineRunner(engine, thread, settings.step_timeout_s), bus, subjects, SystemClock()
+            )
             await _serve(settings, service, bus, stop)
             engine.close()
     finally:

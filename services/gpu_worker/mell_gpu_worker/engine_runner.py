@@ -11,6 +11,7 @@ from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import Engine, EngineError
 
 T = TypeVar("T")
+_THREAD_NAME = "mell-engine"
 _Job = tuple[asyncio.Future[Any], Callable[[], Any]]
 
 
@@ -23,7 +24,7 @@ class EngineThread:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=_THREAD_NAME, daemon=True)
         self._thread.start()
 
     async def run(self, job: Callable[[], T]) -> T:
@@ -57,21 +58,36 @@ class EngineThread:
             return  # the loop is closed: nobody waits any more
 
 
-class EngineRunner:
-    """An engine and the thread that its steps run on, unless they are instant."""
+def engine_thread_hangs(timeout_s: float = 1.0) -> bool:
+    """Whether an engine thread of this process, told to close, is still in the middle of something."""
+    threads = [thread for thread in threading.enumerate() if thread.name == _THREAD_NAME]
+    for thread in threads:
+        thread.join(timeout_s)
+    return any(thread.is_alive() for thread in threads)
 
-    def __init__(self, engine: Engine, thread: EngineThread) -> None:
+
+class EngineRunner:
+    """An engine and the thread that its steps run on, unless they are instant.
+
+    A step that takes longer than `step_timeout_s` counts as a failure of the engine.
+    """
+
+    def __init__(self, engine: Engine, thread: EngineThread, step_timeout_s: float) -> None:
         self._engine = engine
         self._thread = thread
+        self._step_timeout_s = step_timeout_s
 
     async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
         """Run one step and return what came of it; one at a time."""
         try:
             if not self._engine.spec.instant:
-                return StepFinished(await self._thread.run(lambda: self._engine.execute(rows)))
+                async with asyncio.timeout(self._step_timeout_s):
+                    return StepFinished(await self._thread.run(lambda: self._engine.execute(rows)))
             result = self._engine.execute(rows)
         except EngineError as error:
             return EngineFailed(str(error))
+        except TimeoutError:
+            return EngineFailed(f"a step took longer than {self._step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)")
         # Whoever waits for the event loop comes before the next step.
         await asyncio.sleep(0)
         return StepFinished(result)

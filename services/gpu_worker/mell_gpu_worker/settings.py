@@ -38,6 +38,7 @@ class WorkerSettings(ServiceSettings):
     report_interval_s: float = Field(1.0, gt=0, le=60, description="Time between reports to the scheduler.")
     status_interval_s: float = Field(1.0, gt=0, le=60, description="Time between stream statuses to frontends.")
     frontend_silence_s: float = Field(30.0, gt=0, description="A frontend silent this long loses its sequences.")
+    step_timeout_s: float = Field(300.0, gt=0, description="An engine step longer than this is a failed engine.")
     stop_deadline_s: float = Field(30.0, ge=0, description="After SIGTERM, the longest wait for running sequences.")
 
     fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")
