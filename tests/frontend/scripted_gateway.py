@@ -6,22 +6,35 @@ from dataclasses import dataclass, field
 
 from mell_frontend.generation import Delta, GenerationError, SequenceRequest, Waiting
 from mell_shared.messages.admin import Status
+from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason
 
 Step = Waiting | Delta | GenerationError
 Script = Callable[[SequenceRequest], Sequence[Step]]
 
 
-def text_deltas(text: str, finish: FinishReason = "stop", *, size: int = 1, cached: int = 0) -> list[Step]:
+def deltas(text: str, finish: FinishReason = "stop", *, size: int = 1, cached: int = 0) -> list[Step]:
     """Return the deltas of the `fake` model saying `text`, `size` bytes a time."""
     data = list(text.encode())
-    deltas = [Delta(data[start : start + size], cached_tokens=cached) for start in range(0, len(data), size)]
-    return [*deltas, Delta([257] if finish == "stop" else [], finish_reason=finish, cached_tokens=cached)]
+    said = [Delta(data[start : start + size], cached_tokens=cached) for start in range(0, len(data), size)]
+    return [*said, Delta([257] if finish == "stop" else [], finish_reason=finish, cached_tokens=cached)]
 
 
-def say(text: str, **options: object) -> Script:
+def say(text: str, finish: FinishReason = "stop", *, size: int = 1, cached: int = 0) -> Script:
     """Return the script that says `text` whatever is asked."""
-    return lambda _request: text_deltas(text, **options)  # type: ignore[arg-type]
+    return lambda _request: deltas(text, finish, size=size, cached=cached)
+
+
+def scored(text: str) -> Script:
+    """Return the script that says `text` with log-probabilities, the next letter as the alternative."""
+
+    def script(_request: SequenceRequest) -> list[Step]:
+        return [
+            Delta([byte], [TokenLogprobs(logprob=-0.5, top_ids=[byte, byte + 1], top_logprobs=(-0.5, -1.5))])
+            for byte in text.encode()
+        ] + [Delta([], finish_reason="length")]
+
+    return script
 
 
 @dataclass
@@ -57,6 +70,11 @@ class ScriptedGateway:
     ready: bool = True
     streams: list[ScriptedStream] = field(default_factory=list)
     problem: GenerationError | None = None
+
+    @property
+    def requests(self) -> list[SequenceRequest]:
+        """What was asked for, in order."""
+        return [stream.request for stream in self.streams]
 
     def open(self, request: SequenceRequest) -> ScriptedStream:
         """Open a stream."""

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -19,12 +21,13 @@ from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeCh
 from mell_frontend.asgi import App, Receive, Scope, Send
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
+from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
 from mell_frontend.record import RequestRecord
-from mell_frontend.respond import Exchange, Responder
+from mell_frontend.respond import Responder
 from mell_frontend.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -102,21 +105,20 @@ class _Api:
         site.get("/admin/status", summary="The cluster as the scheduler sees it")(self.status)
 
     async def chat(self, request: Request) -> Response:
-        job = await _read(request, ChatCompletionRequest, lambda r: prepare_chat(r, self._models, self._settings))
+        prepare = partial(prepare_chat, models=self._models, settings=self._settings)
+        job = await self._read(request, ChatCompletionRequest, prepare)
         head = Head(request_id("chatcmpl"), int(time.time()))
         if job.stream:
-            return self._answered(
-                request, job, lambda ex: self._responder.stream(job, head, StreamedChat(job, head), ex)
-            )
-        return self._answered(request, job, lambda ex: self._responder.whole(job, head, WholeChat(job, head), ex))
+            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedChat(job, head)))
+        return self._answer(request, job, partial(self._responder.whole, job, head, WholeChat(job, head)))
 
     async def completion(self, request: Request) -> Response:
-        job = await _read(request, CompletionRequest, lambda r: prepare_completion(r, self._models, self._settings))
+        prepare = partial(prepare_completion, models=self._models, settings=self._settings)
+        job = await self._read(request, CompletionRequest, prepare)
         head = Head(request_id("cmpl"), int(time.time()))
         if job.stream:
-            streamed = StreamedCompletion(job, head)
-            return self._answered(request, job, lambda ex: self._responder.stream(job, head, streamed, ex))
-        return self._answered(request, job, lambda ex: self._responder.whole(job, head, WholeCompletion(job, head), ex))
+            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedCompletion(job, head)))
+        return self._answer(request, job, partial(self._responder.whole, job, head, WholeCompletion(job, head)))
 
     async def list_models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card(model) for model in self._models.values()]}
@@ -125,18 +127,35 @@ class _Api:
         return self._card(find_model(self._models, name))
 
     async def tokenize(self, request: Request) -> Response:
-        return JSONResponse(await _read(request, TokenizeRequest, self._tokenize))
+        return JSONResponse(await self._read(request, TokenizeRequest, self._tokenize))
 
     async def detokenize(self, request: Request) -> Response:
-        return JSONResponse(await _read(request, DetokenizeRequest, self._detokenize))
+        return JSONResponse(await self._read(request, DetokenizeRequest, self._detokenize))
 
     async def status(self) -> dict[str, Any]:
         return (await self._gateway.status()).model_dump(mode="json")
 
-    def _answered(self, request: Request, job: Job, run: Callable[[Exchange], Coroutine[Any, Any, None]]) -> Response:
+    def _answer(self, request: Request, job: Job, respond: Callable[[Exchange], Coroutine[Any, Any, None]]) -> Response:
         record = _record(request)
         record.model, record.stream, record.choices = job.model.name, job.stream, job.choices
-        return _Answer(record, run)
+        return _Answer(respond, record, self._settings.write_timeout_s)
+
+    async def _read(self, request: Request, model: type[R], then: Callable[[R], T]) -> T:
+        """Return what `then` makes of the request's body; raises `ApiError`."""
+        try:
+            async with asyncio.timeout(self._settings.read_timeout_s):
+                body = await request.body()
+        except TimeoutError as error:
+            raise ApiError(408, "The body did not arrive in time.", code="timeout") from error
+
+        def work() -> tuple[R, T]:
+            parsed = parse(model, body)
+            return parsed, then(parsed)
+
+        parsed, result = await asyncio.to_thread(work) if len(body) > _INLINE_BODY_BYTES else work()
+        record = _record(request)
+        record.unknown_fields, record.unknown_count = unknown_fields(parsed)
+        return result
 
     def _card(self, model: ServedModel) -> dict[str, Any]:
         return {
@@ -176,32 +195,25 @@ class _Api:
 class _Answer(Response):
     """A response that writes itself to the connection, without the framework's layers for streams."""
 
-    def __init__(self, record: RequestRecord, run: Callable[[Exchange], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        respond: Callable[[Exchange], Coroutine[Any, Any, None]],
+        record: RequestRecord,
+        write_timeout_s: float,
+    ) -> None:
         super().__init__()
+        self._respond = respond
         self._record = record
-        self._run = run
+        self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._run(Exchange(receive, send, self._record))
+        exchange = Exchange(receive, send, self._record, self._write_timeout_s)
+        await exchange.run(self._respond(exchange))
 
 
 def _record(request: Request) -> RequestRecord:
     record: RequestRecord = request.scope["state"]["record"]
     return record
-
-
-async def _read(request: Request, model: type[R], then: Callable[[R], T]) -> T:
-    """Return what `then` makes of the request's body; raises `ApiError`."""
-    body = await request.body()
-
-    def work() -> tuple[R, T]:
-        parsed = parse(model, body)
-        return parsed, then(parsed)
-
-    parsed, result = await asyncio.to_thread(work) if len(body) > _INLINE_BODY_BYTES else work()
-    record = _record(request)
-    record.unknown_fields, record.unknown_count = unknown_fields(parsed)
-    return result
 
 
 def _add_probes(site: FastAPI, gateway: Gateway, registry: CollectorRegistry) -> None:
@@ -225,7 +237,7 @@ def _add_probes(site: FastAPI, gateway: Gateway, registry: CollectorRegistry) ->
 
 
 def _paths(site: FastAPI) -> list[str]:
-    return list(site.openapi()["paths"])
+    return [route.path_format for route in site.routes if isinstance(route, APIRoute)]
 
 
 def _add_error_handlers(site: FastAPI) -> None:

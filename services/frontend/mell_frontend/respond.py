@@ -1,14 +1,9 @@
-"""Runs one job and sends its answer: streams in, one write per wake-up out. Knows ASGI, but no web framework."""
-
-import asyncio
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any
+"""Runs one job and sends its answer: streams in, one write per wake-up out. Knows no web framework."""
 
 from mell_frontend.answer import Head, StreamedAnswer, Usage, WholeAnswer
-from mell_frontend.asgi import Receive, Send, send_events, send_json, start_event_stream, wait_for_disconnect
 from mell_frontend.choice import ChoiceText, Piece
 from mell_frontend.errors import ApiError, from_generation
+from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError, Waiting
 from mell_frontend.prepare import Job
 from mell_frontend.reading import Reader, StreamEvent, open_streams
@@ -17,15 +12,6 @@ from mell_frontend.sse import comment, error_event
 from mell_frontend.stop import StopMatcher
 from mell_frontend.tools import ToolParser
 from mell_shared.clock import Clock
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One HTTP request's ends, and its record."""
-
-    receive: Receive
-    send: Send
-    record: RequestRecord
 
 
 class Responder:
@@ -37,38 +23,25 @@ class Responder:
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
-        await _while_connected(exchange, self._stream(job, head, answer, exchange))
-
-    async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
-        """Answer with one JSON body."""
-        await _while_connected(exchange, self._whole(job, head, answer, exchange))
-
-    async def _stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
-        started = False
         async with open_streams(self._gateway, job.sequences(head.id)) as reader:
             run = _Run(job, reader, exchange.record, self._clock)
             try:
                 while run.open_choices:
-                    events = await run.next()
-                    if not started:
-                        await start_event_stream(exchange.send)
-                    text = "" if started else answer.begin()
-                    started = True
-                    text += _shown(answer, events)
+                    text = _shown(answer, await run.next())
+                    if not exchange.started:
+                        await exchange.start()
+                        text = answer.begin() + text
                     if not run.open_choices:
                         text += answer.end(run.usage())
                     if text:
-                        await send_events(exchange.send, text, more=run.open_choices > 0)
+                        await exchange.events(text, last=run.open_choices == 0)
             except ApiError as error:
-                exchange.record.error = error.code or error.kind
-                if started:
-                    await send_events(exchange.send, error_event(error.body()), more=False)
-                else:
-                    await send_json(exchange.send, error.status, error.body(), error.headers)
+                await _send_error(exchange, error)
             finally:
                 run.note_usage()
 
-    async def _whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
+    async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
+        """Answer with one JSON body."""
         async with open_streams(self._gateway, job.sequences(head.id)) as reader:
             run = _Run(job, reader, exchange.record, self._clock)
             try:
@@ -76,12 +49,19 @@ class Responder:
                     for choice, event in await run.next():
                         if isinstance(event, Piece):
                             answer.piece(choice, event)
-                await send_json(exchange.send, 200, answer.body(run.usage()))
+                await exchange.body(200, answer.body(run.usage()))
             except ApiError as error:
-                exchange.record.error = error.code or error.kind
-                await send_json(exchange.send, error.status, error.body(), error.headers)
+                await _send_error(exchange, error)
             finally:
                 run.note_usage()
+
+
+async def _send_error(exchange: Exchange, error: ApiError) -> None:
+    exchange.record.error = error.code or error.kind
+    if exchange.started:
+        await exchange.events(error_event(error.body()), last=True)
+    else:
+        await exchange.body(error.status, error.body(), error.headers)
 
 
 def _shown(answer: StreamedAnswer, events: list[tuple[int, Waiting | Piece]]) -> str:
@@ -161,13 +141,3 @@ def _choice_text(job: Job, choice: int) -> ChoiceText:
         ToolParser() if job.parse_tools else None,
         job.sampling.min_tokens,
     )
-
-
-async def _while_connected(exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` until it is done or the client has gone; then it is cancelled, which closes its streams at once."""
-    async with asyncio.TaskGroup() as group:
-        working = group.create_task(work)
-        watching = group.create_task(wait_for_disconnect(exchange.receive))
-        working.add_done_callback(lambda _: watching.cancel())
-        watching.add_done_callback(lambda watched: watched.cancelled() or working.cancel())
-    exchange.record.disconnected = working.cancelled()

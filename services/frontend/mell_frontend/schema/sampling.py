@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from mell_frontend.schema.base import ApiModel, TokenCount, TokenId
 
@@ -19,6 +19,16 @@ def _int_keys(value: Any) -> Any:
 
 
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)]
+
+
+def _kind_of_stop(value: Any) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+_StopText = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[_StopText, Tag("text")] | Annotated[list[_StopText], Tag("list")], Discriminator(_kind_of_stop)
+]
 
 
 class StreamOptions(ApiModel):
@@ -64,7 +74,7 @@ class SamplingRequest(ApiModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     logit_bias: LogitBias = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] = []
+    stop: Stop = []
     stop_token_ids: list[TokenId] = Field([], max_length=128)
     ignore_eos: bool = False
     response_format: ResponseFormat = ResponseFormat()
