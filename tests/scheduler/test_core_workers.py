@@ -1,10 +1,10 @@
-from mell_scheduler.core import Announce, AskReport, ConnectionRestored
+from mell_scheduler.core import Announce, AskReport, Command, ConnectionRestored
 from mell_scheduler.core.status import worker_statuses
 from mell_shared.messages.scheduler import WorkerJoined, WorkerLeft
 from tests.scheduler.script import SECOND, Script, only_reply, placed, queued, replies, worker_report, worker_spec
 
 
-def changes(commands: list[object]) -> list[tuple[str, str]]:
+def changes(commands: list[Command]) -> list[tuple[str, str]]:
     """The announcements as (worker, change)."""
     return [(c.worker, c.change) for c in commands if isinstance(c, Announce)]
 
@@ -120,7 +120,8 @@ def test_a_worker_that_speaks_another_protocol_is_refused() -> None:
     assert changes(script.send(WorkerJoined(spec=worker_spec("next", protocol=2)))) == [("next", "joined")]
     said = script.send(WorkerJoined(spec=worker_spec("far", protocol=3)))
     assert changes(said) == [("far", "refused")]
-    assert "protocol 3" in said[0].reason  # type: ignore[union-attr]
+    assert isinstance(said[0], Announce)
+    assert "protocol 3" in said[0].reason
     assert "far" not in standing(script)
 
 
