@@ -7,6 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from mell_frontend.asgi import Message, Receive, Scope, Send
+from mell_frontend.edge import Guard
+from mell_frontend.errors import ApiError
+from mell_frontend.record import RequestRecord
+from mell_frontend.settings import FrontendSettings
 from tests.frontend.scripted_gateway import ScriptedGateway
 
 CHAT = "/v1/chat/completions"
@@ -214,24 +219,54 @@ async def test_unknown_paths_and_methods(client: httpx.AsyncClient) -> None:
     assert response.headers["allow"] == "POST"
 
 
-async def test_a_large_body_is_refused_unread(connect: Callable[..., httpx.AsyncClient]) -> None:
-    """A body over the limit is a 413 after no more than the limit has been read, whatever it says of its length."""
+async def test_a_large_body_is_refused(connect: Callable[..., httpx.AsyncClient]) -> None:
+    """A body over the limit is a 413, whatever it says of its length; the same connection can go on."""
     client = connect(max_body_bytes=100_000)
-    read = 0
 
-    async def endless() -> AsyncIterator[bytes]:
-        nonlocal read
-        while True:
-            read += 10_000
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(50):
             yield b"x" * 10_000
 
-    response = await client.post(CHAT, content=endless())
-    assert checked(response, 413)["code"] == "body_too_large"
-    assert read <= 120_000
-    read = 0
-    response = await client.post(CHAT, content=endless(), headers={"content-length": str(100 * 2**20)})
-    checked(response, 413)
-    assert read == 0
+    for headers in ({}, {"content-length": "500000"}):
+        response = await client.post(CHAT, content=body(), headers=headers)
+        assert checked(response, 413)["code"] == "body_too_large"
+        assert "connection" not in response.headers
+    assert (await client.post(CHAT, content=b" " * 100_001)).status_code == 413
+    checked(await client.post(CHAT, content=b" " * 100_000), 400)
+
+
+async def test_a_large_body_is_not_kept() -> None:
+    """Of a body over the limit no more than the limit is handed on, and none of it if its length is announced."""
+    settings = FrontendSettings(max_body_bytes=50_000)
+    handed_on = 0
+    chunks = [{"type": "http.request", "body": b"x" * 10_000, "more_body": n < 99} for n in range(100)]
+
+    async def receive() -> Message:
+        return chunks.pop(0)
+
+    async def read_all(_scope: Scope, receive: Receive, _send: Send) -> None:
+        nonlocal handed_on
+        while (message := await receive())["more_body"]:
+            handed_on += len(message["body"])
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    sent: list[Message] = []
+    scope: Scope = {
+        "type": "http",
+        "path": CHAT,
+        "headers": [],
+        "state": {"record": RequestRecord("r", "POST", CHAT, 0)},
+    }
+    with pytest.raises(ApiError, match="50000 bytes"):
+        await Guard(read_all, settings)(scope, receive, send)
+    assert (handed_on, chunks) == (50_000, [])
+    scope["headers"] = [(b"content-length", b"1000000"), (b"expect", b"100-continue")]
+    await Guard(read_all, settings)(scope, receive, send)
+    assert handed_on == 50_000
+    assert sent[0]["status"] == 413
+    assert (b"connection", b"close") in sent[0]["headers"]
 
 
 async def test_large_headers_are_refused(connect: Callable[..., httpx.AsyncClient]) -> None:

@@ -1,5 +1,6 @@
 """What every request passes before it reaches a route: its id, its log line, the limits and the keys. Plain ASGI."""
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -20,6 +21,8 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/
 
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+_DISCARD_S = 10.0
 
 _log = structlog.get_logger()
 
@@ -78,6 +81,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         fault = self._fault(scope)
+        if fault is None and self._announces_too_much(scope):
+            # A client that waits for `100 Continue` has not sent its body, and need not.
+            waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
+            fault = self._too_large(read=not waits and await _discard(receive))
         if fault is None:
             await self._app(scope, self._limited(receive), send)
         else:
@@ -95,10 +102,11 @@ class Guard:
             fault.code = "invalid_api_key"
             fault.headers["WWW-Authenticate"] = "Bearer"
             return fault
-        length = _header(scope, b"content-length") or b"0"
-        if length.isdigit() and int(length[:20]) > self._max_body_bytes:
-            return self._too_large()
         return None
+
+    def _announces_too_much(self, scope: Scope) -> bool:
+        length = _header(scope, b"content-length") or b"0"
+        return length.isdigit() and int(length[:20]) > self._max_body_bytes
 
     def _has_key(self, scope: Scope) -> bool:
         """Compare with every key, each in constant time, whichever is right."""
@@ -115,15 +123,31 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise self._too_large()
+                raise self._too_large(read=await _discard(receive))
             return message
 
         return receive_counting
 
-    def _too_large(self) -> ApiError:
+    def _too_large(self, *, read: bool) -> ApiError:
         fault = ApiError(413, f"The body is larger than {self._max_body_bytes} bytes.", code="body_too_large")
-        fault.headers["Connection"] = "close"
+        if not read:
+            fault.headers["Connection"] = "close"
         return fault
+
+
+async def _discard(receive: Receive) -> bool:
+    """Read the rest of a body and forget it; return whether it came to its end in time.
+
+    Closing a connection that still sends would reset it, and the client would never see the answer.
+    """
+    try:
+        async with asyncio.timeout(_DISCARD_S):
+            while (message := await receive())["type"] == "http.request":
+                if not message.get("more_body"):
+                    return True
+    except TimeoutError:
+        return False
+    return False
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
