@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.factory import make_engine
 from mell_gpu_worker.engine.fake import ALPHABET, FakeEngine, expected_output
 from mell_gpu_worker.engine.options import EngineOptions
-from mell_shared.messages.sampling import SamplingParams
+from mell_shared.messages.sampling import Grammar, SamplingParams
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL
 
 PROMPT = b"The quick brown fox jumps over the lazy dog, again and again."
@@ -218,9 +220,50 @@ def test_what_it_cannot_be_is_refused_with_a_way_out(change: dict[str, object], 
         make_engine(options(**change))
 
 
-def test_grammars_are_refused_by_name() -> None:
-    """A request with a grammar gets a reason, not wrong text."""
-    assert "grammar" in (FakeEngine(options()).check_grammar("start: /a/") or "")
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_grammar_holds_the_text_to_it(seed: int) -> None:
+    """With a JSON schema the text is JSON of that schema, followed by the end."""
+    grammar = Grammar(text=LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA)))
+    params = SamplingParams(seed=seed, grammar=grammar)
+    engine = FakeEngine(options(kv_blocks=1024))
+    assert engine.check_grammar(grammar.text) is None
+    runner = Runner(engine, PROMPT, range(1024), params)
+    while runner.step() != FAKE_EOS_ID:
+        assert len(runner.token_ids) < 4000, "the text does not end"
+    value = json.loads(bytes(runner.token_ids[len(PROMPT) : -1]))
+    assert {"name", "age"} <= value.keys() <= SCHEMA["properties"].keys()
+    assert isinstance(value["age"], int)
+
+
+@pytest.mark.parametrize("output", [[65], [*b"ab", FAKE_EOS_ID]])
+def test_output_that_a_grammar_cannot_go_on_from_fails_its_row_alone(output: list[int]) -> None:
+    """Wrong or complete output: the row says why, the others are good."""
+    grammar = Grammar(text='start: "ab"')
+    engine = FakeEngine(options())
+    rows = [
+        StepRow(
+            "s", [*PROMPT, *output], len(PROMPT), 0, len(PROMPT) + len(output), range(32), sampling(grammar=grammar)
+        ),
+        StepRow("t", PROMPT, len(PROMPT), 0, len(PROMPT), range(32), sampling()),
+    ]
+    result = engine.execute(rows)
+    assert result.sampled[0] is None
+    assert result.sampled[1] is not None
+    assert list(result.failed) == [0]
+    assert "grammar" in result.failed[0]
+
+
+def test_a_grammar_that_is_none_is_refused_with_its_fault() -> None:
+    """A request with it gets a reason, not wrong text."""
+    assert "Expected" in (FakeEngine(options()).check_grammar("garbage {{") or "")
 
 
 def test_closing_twice_is_safe() -> None:

@@ -121,7 +121,7 @@ def test_a_grammar_the_engine_refuses_is_a_bad_request() -> None:
 
     async def scene(worker: RunningWorker, frontend: SmallFrontend) -> None:
         await frontend.worker()
-        reply = await frontend.submit("w1", submit("a", grammar=Grammar(text="start: /a/")))
+        reply = await frontend.submit("w1", submit("a", grammar=Grammar(text="no grammar {{")))
         assert isinstance(reply, SubmitRefused)
         assert reply.reason == "bad_request"
 

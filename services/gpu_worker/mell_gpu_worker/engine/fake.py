@@ -9,6 +9,7 @@ import math
 import time
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
@@ -16,6 +17,9 @@ from mell_gpu_worker.engine.options import EngineOptions
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import SamplingParams
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from mell_gpu_worker.engine.fake_grammar import ByteGrammars
 
 DEFAULT_KV_BLOCKS = 4096
 DEFAULT_MODEL_LEN = 8192
@@ -46,6 +50,7 @@ class FakeEngine:
         self._options = options
         kv_blocks = options.kv_blocks or DEFAULT_KV_BLOCKS
         self._pool = array("Q", bytes(8 * kv_blocks * options.block_tokens))
+        self._grammars: ByteGrammars | None = None
         self._spec = EngineSpec(
             name="fake",
             device="cpu",
@@ -71,11 +76,18 @@ class FakeEngine:
 
     def execute(self, rows: Sequence[StepRow]) -> StepResult:
         """Run one step; takes as long as the latency model says."""
-        sampled = tuple(self._run(row) for row in rows)
+        sampled: list[SampledToken | None] = []
+        failed: dict[int, str] = {}
+        for row in rows:
+            outcome = self._run(row)
+            if isinstance(outcome, str):
+                failed[len(sampled)] = outcome
+                outcome = None
+            sampled.append(outcome)
         step_us = self.step_us(rows)
         if step_us:
             time.sleep(step_us / 1e6)
-        return StepResult(sampled, step_us)
+        return StepResult(tuple(sampled), step_us, failed)
 
     def step_us(self, rows: Sequence[StepRow]) -> int:
         """Return the time that the latency model gives a step."""
@@ -86,20 +98,33 @@ class FakeEngine:
 
     def check_grammar(self, text: str) -> str | None:
         """Return why the grammar cannot be used, or None."""
-        del text
-        return "the fake engine has no grammars; serve a real model for structured output"
+        return self._byte_grammars().fault(text)
 
     def close(self) -> None:
         """Free the pool; safe to repeat."""
         self._pool = array("Q")
 
-    def _run(self, row: StepRow) -> SampledToken | None:
+    def _run(self, row: StepRow) -> SampledToken | str | None:
+        """Return the row's token, None if it samples none, or why it cannot go on."""
         digest = self._write(row)
-        if row.sampling is None:
+        sampling = row.sampling
+        if sampling is None:
             return None
         last = row.start + row.count - 1
         index = last + 1 - row.prompt_tokens
-        return _draw(row.sampling, index, digest, self._older(row.block_table, index, last))
+        value = _value(sampling, index, digest, self._older(row.block_table, index, last))
+        if sampling.grammar is None:
+            return _sampled(sampling, _token(sampling, index, value), value)
+        chosen = self._byte_grammars().choose(sampling.grammar.text, row.token_ids[row.prompt_tokens :], value)
+        return chosen if isinstance(chosen, str) else _sampled(sampling, chosen, value)
+
+    def _byte_grammars(self) -> "ByteGrammars":
+        # Two threads may both build it at first; either one serves.
+        if self._grammars is None:
+            from mell_gpu_worker.engine.fake_grammar import ByteGrammars  # noqa: PLC0415 (most workers need none)
+
+            self._grammars = ByteGrammars()
+        return self._grammars
 
     def _write(self, row: StepRow) -> int:
         """Write the digests of a row's tokens; returns the last one."""
@@ -131,11 +156,12 @@ def expected_output(prompt_ids: Sequence[int], sampling: SamplingParams, count: 
     output: list[int] = []
     for token in prompt_ids:
         digests.append(_chained(digests, token))
+    assert sampling.grammar is None, "what a grammar makes of it is not known here"
     while len(output) < count and (not output or output[-1] != FAKE_EOS_ID):
         stretches = (len(digests) - 1) // _PROBE_TOKENS
         first, second = _probed(len(output), stretches) if stretches else (0, 0)
         older = digests[first] + 3 * digests[second] if stretches else 0
-        output.append(_draw(sampling, len(output), digests[-1], older).token_id)
+        output.append(_token(sampling, len(output), _value(sampling, len(output), digests[-1], older)))
         digests.append(_chained(digests, output[-1]))
     return output
 
@@ -151,14 +177,17 @@ def _probed(index: int, stretches: int) -> tuple[int, int]:
     return first % stretches * _PROBE_TOKENS + offset, (first + 1) % stretches * _PROBE_TOKENS + offset
 
 
-def _draw(sampling: SamplingParams, index: int, digest: int, older: int) -> SampledToken:
+def _value(sampling: SamplingParams, index: int, digest: int, older: int) -> int:
+    """Return the 64 random bits that output `index` is drawn with."""
     value = digest + index
     if sampling.temperature > 0:  # greedy output depends on no seed, as with any model
         value += sampling.seed * _CHAIN + (sampling.choice << 32)
     value = ((value ^ older) * _DRAW) & _MASK
     value = ((value ^ (value >> 31)) * _DRAW) & _MASK
-    value ^= value >> 31
-    token = _token(sampling, index, value)
+    return value ^ (value >> 31)
+
+
+def _sampled(sampling: SamplingParams, token: int, value: int) -> SampledToken:
     return SampledToken(token, None if sampling.logprobs is None else _logprobs(token, value, sampling.logprobs))
 
 
