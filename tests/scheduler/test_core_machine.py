@@ -384,5 +384,5 @@ class SchedulerLives(RuleBasedStateMachine):
         assert [commands for _, _, commands in replay(self.lines)] == self.said
 
 
-SchedulerLives.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+SchedulerLives.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
 TestSchedulerLives = SchedulerLives.TestCase

@@ -254,3 +254,14 @@ def test_sequences_of_earlier_leaders_are_counted() -> None:
     script.report("a", ("old", 4, 1_500, 94))
     assert script.answer("s1") is None
     assert script.answer("old", 1_500, 16, generation=4) == placed("a")
+
+
+def test_a_report_that_a_given_up_sequence_runs_does_not_bring_it_back() -> None:
+    """A frontend that excluded a worker while the sequence waits is not sent there, whatever that worker reports."""
+    script = Script()
+    script.up("a")
+    script.ask("s1")
+    assert script.answer("s1", excluded=("a",)) is None
+    assert script.report("a", ("s1", 1, 160, 10)) == []
+    script.join("b")
+    assert only_reply(script.report("b"), "s1") == placed("b")

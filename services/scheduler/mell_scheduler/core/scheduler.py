@@ -229,10 +229,12 @@ class SchedulerCore:
 
     def _place(self, entry: Waiting, barred: set[str]) -> str | None:
         """The worker for a request that is asked for now; None if there is no room."""
-        record = self.ledger.sequences.get(entry.request.sequence)
-        if record is not None and record.generation >= entry.request.generation:
-            return record.worker.worker_id  # a report says that it runs: an earlier leader placed it
-        worker = self.ledger.place(entry.request, barred, self._now_us + self.settings.submit_timeout_us)
+        request = entry.request
+        record = self.ledger.sequences.get(request.sequence)
+        runs = record is not None and record.generation >= request.generation
+        if record is not None and runs and record.worker.worker_id not in request.excluded:
+            return record.worker.worker_id  # a report says so: an earlier leader placed it
+        worker = self.ledger.place(request, barred, self._now_us + self.settings.submit_timeout_us)
         return None if worker is None else worker.worker_id
 
     def _claim(self, entry: Waiting, model: ModelRecord) -> str:
