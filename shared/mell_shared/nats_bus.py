@@ -10,7 +10,6 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.errors import (
     Error,
-    MaxPayloadError,
     NoRespondersError,
     SlowConsumerError,
 )
@@ -124,28 +123,28 @@ class NatsBus:
 
     async def publish(self, subject: str, data: bytes, reply_to: str = "") -> None:
         """Send and forget; raises as `Bus.publish` does."""
-        self._check_connected()
-        check_subject(subject)
+        self._check_sendable(subject, data)
         task = asyncio.current_task()
         assert task is not None
         cancellations = task.cancelling()
         try:
             await self._client.publish(subject, data, reply_to)
         except Error as error:
-            raise self._translated(error, subject, data) from error
+            raise BusClosedError(f"the connection to the broker went down: {error}") from error
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError  # nats-py swallows it while it waits for the socket
 
     async def request(self, subject: str, data: bytes, timeout_s: float) -> bytes:
         """Send and wait for one reply; raises as `Bus.request` does."""
-        self._check_connected()
-        check_subject(subject)
+        self._check_sendable(subject, data)
         try:
             reply = await self._client.request(subject, data, timeout_s)
         except NatsTimeoutError as error:
             raise RequestTimeoutError(f"no reply on {subject} within {timeout_s} s") from error
+        except NoRespondersError as error:
+            raise NoResponderError(f"nobody listens on {subject}") from error
         except Error as error:
-            raise self._translated(error, subject, data) from error
+            raise BusClosedError(f"the connection to the broker went down: {error}") from error
         return reply.data
 
     async def subscribe(
@@ -237,13 +236,11 @@ class NatsBus:
         if not self.connected:
             raise BusClosedError(f"the connection to the broker at {_without_password(self._url)} is down")
 
-    def _translated(self, error: Error, subject: str, data: bytes) -> BusError:
-        match error:
-            case NoRespondersError():
-                return NoResponderError(f"nobody listens on {subject}")
-            case MaxPayloadError():
-                return PayloadTooLargeError(len(data), self.max_payload)
-        return BusClosedError(f"the connection to the broker went down: {error}")
+    def _check_sendable(self, subject: str, data: bytes) -> None:
+        self._check_connected()
+        check_subject(subject)
+        if len(data) > self.max_payload:
+            raise PayloadTooLargeError(len(data), self.max_payload)
 
 
 class _Subscription:

@@ -10,7 +10,14 @@ from nats.aio.transport import Transport
 from nats.errors import ConnectionClosedError
 
 from mell_shared import deliveries, nats_bus, nats_server
-from mell_shared.bus import BrokerUnreachableError, BusClosedError, Delivery, NoResponderError, RequestTimeoutError
+from mell_shared.bus import (
+    BrokerUnreachableError,
+    BusClosedError,
+    BusError,
+    Delivery,
+    NoResponderError,
+    RequestTimeoutError,
+)
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer, NatsServerError
 from tests.conftest import BusFactory
@@ -296,6 +303,26 @@ async def test_a_connection_lost_between_check_and_sending_is_told(
     for attempt in (bus.publish("s", b""), bus.request("s", b"", 1.0)):
         with pytest.raises(BusClosedError, match="went down"):
             await attempt
+
+
+async def test_failed_requests_leave_nothing_behind(connect_bus: BusFactory) -> None:
+    """However a request ends, the client keeps no record of it."""
+    bus = await connect_bus()
+    await bus.subscribe("silent", Silent())
+    for attempt in (
+        bus.request("silent", b"", 0.01),
+        bus.request("nobody", b"", 5.0),
+        bus.request("silent", bytes(bus.max_payload + 1), 5.0),
+        bus.request("a b", b"", 5.0),
+    ):
+        with pytest.raises(BusError):
+            await attempt
+    asked = asyncio.create_task(bus.request("silent", b"", 60.0))
+    await asyncio.sleep(0.01)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert not bus.client._resp_map
 
 
 async def test_a_queue_is_bounded_in_bytes_too(connect_bus: BusFactory, monkeypatch: pytest.MonkeyPatch) -> None:
