@@ -57,6 +57,14 @@ def told(name: str, unit: str, figures: list[float]) -> None:
     print(f"{name:48} {statistics.median(figures):12,.1f} {unit:10} ({low:,.1f} to {high:,.1f}, {len(figures)} rounds)")  # noqa: T201
 
 
+def memory_read_gb_per_s() -> float:
+    """Return how fast this machine reads memory just now; other figures mean little where it varies."""
+    data = bytes(64 * 2**20)
+    begun_s = time.perf_counter()
+    assert data.count(1) == 0
+    return len(data) / (time.perf_counter() - begun_s) / 1e9
+
+
 def mean_us(work: Callable[[], object], repeats: int = 200) -> float:
     """Return the mean time of `work` in microseconds of this process's CPU."""
     begun_ns = time.process_time_ns()
@@ -79,11 +87,14 @@ def test_codec() -> None:
         works[f"decode {name}"] = lambda adapter=adapter, data=data: decode(adapter, data)  # type: ignore[misc]
     works["make TokensGenerated, 200 rows"] = lambda: TokensGenerated(**dict(STEP))
     figures: dict[str, list[float]] = {name: [] for name in works}
+    memory: list[float] = []
     for _ in range(ROUNDS):
+        memory.append(memory_read_gb_per_s())
         for name, work in works.items():
             figures[name].append(mean_us(work))
     for name, measured in figures.items():
         told(name, "us", measured)
+    told("memory read in the same rounds", "GB/s", memory)
 
 
 def test_bus(tmp_path: Path) -> None:
@@ -113,7 +124,9 @@ async def _bus_rounds(url: str) -> None:
     messages: list[float] = []
     small: list[float] = []
     trips: list[float] = []
+    memory: list[float] = []
     for _ in range(ROUNDS):
+        memory.append(memory_read_gb_per_s())
         steps.append(await _rate(source, "steps", lambda: encode(STEP), arrived, 1000))
         payload = encode(STEP)
         messages.append(await _rate(source, "bytes", lambda payload=payload: payload, arrived, 5000))  # type: ignore[misc]
@@ -123,6 +136,7 @@ async def _bus_rounds(url: str) -> None:
     told("token rows so delivered", "rows/s", [rate * ROWS for rate in steps])
     told(f"messages of {len(encode(STEP)):,} bytes, uncoded", "msg/s", messages)
     told("messages of 200 bytes, uncoded", "msg/s", small)
+    told("memory read in the same rounds", "GB/s", memory)
     trips.sort()
     print(f"{'request/reply p50, p99':48} {trips[len(trips) // 2]:,.0f}, {trips[len(trips) * 99 // 100]:,.0f} us")  # noqa: T201
     assert target.stats.dropped == 0
