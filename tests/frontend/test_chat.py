@@ -289,8 +289,8 @@ async def test_a_large_request_is_read_in_a_thread(client: httpx.AsyncClient, ga
 async def test_the_served_name_is_what_clients_see(
     connect: Callable[..., httpx.AsyncClient], gateway: ScriptedGateway
 ) -> None:
-    """A model served under another name answers to that name only; the workers know its own."""
+    """A model served under another name answers to that name only, and its workers know it by that too."""
     client = connect(models=["gpt=fake"])
     assert (await client.post(URL, json={**ASK, "model": "gpt"})).json()["model"] == "gpt"
-    assert gateway.requests[0].model == "fake"
+    assert gateway.requests[0].model == "gpt"
     assert (await client.post(URL, json=ASK)).status_code == 404

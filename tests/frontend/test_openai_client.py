@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import httpx
 import openai
@@ -13,6 +14,7 @@ import uvicorn
 
 from mell_frontend.asgi import App
 from mell_frontend.generation import Delta, GenerationError
+from mell_frontend.http_protocol import bounded_protocol
 from tests.frontend.scripted_gateway import ScriptedGateway, deltas, say, scored
 
 pytestmark = pytest.mark.connected
@@ -22,9 +24,12 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-def make_server(app: App) -> uvicorn.Server:
+def make_server(app: App, head_timeout_s: float = 60.0) -> uvicorn.Server:
     """Return a server of `app` that takes no signals and logs nothing."""
-    return uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="off"))
+    config = uvicorn.Config(
+        app, http=bounded_protocol(2**17, head_timeout_s), log_config=None, ws="none", lifespan="off"
+    )
+    return uvicorn.Server(config)
 
 
 @pytest.fixture
@@ -39,15 +44,21 @@ def url_of(listening: socket.socket) -> str:
     return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+@asynccontextmanager
+async def serving(server: uvicorn.Server, listening: socket.socket) -> AsyncIterator[str]:
+    """Run a server in this event loop; yields its address."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(server.serve(sockets=[listening]))
+        yield url_of(listening)
+        server.should_exit = True
+        await task
+
+
 @pytest_asyncio.fixture
 async def url(build_app: Callable[..., App], loopback: socket.socket) -> AsyncIterator[str]:
     """A real server in this event loop."""
-    server = make_server(build_app(max_body_bytes=2**20))
-    async with asyncio.TaskGroup() as group:
-        serving = group.create_task(server.serve(sockets=[loopback]))
-        yield url_of(loopback)
-        server.should_exit = True
-        await serving
+    async with serving(make_server(build_app(max_body_bytes=2**20)), loopback) as address:
+        yield address
 
 
 @pytest_asyncio.fixture
@@ -184,3 +195,38 @@ async def test_a_hundred_megabytes_are_refused(url: str) -> None:
         response = await http.post("/v1/chat/completions", content=body(100))
         assert response.status_code == 413
         assert (await http.get("/health")).status_code == 200
+
+
+async def exchange(url: str, data: bytes) -> bytes:
+    """Send raw bytes and return all that comes back until the server closes."""
+    port = int(url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(10):
+            writer.write(data)
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+async def test_what_is_no_http_is_told_so(url: str) -> None:
+    """Garbage, and a head that never ends, get an OpenAI error and a closed connection."""
+    answer = await exchange(url, b"\x16\x03\x01 hello\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"code": "invalid_http"' in answer
+    # Not a byte more than it takes: unread bytes would make the close a reset.
+    answer = await exchange(url, b"GET /health HTTP/1.1\r\nx-endless: ".ljust(2**17 + 1, b"y"))
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b'"code": "headers_too_large"' in answer
+
+
+async def test_a_head_that_does_not_come_is_not_waited_for(
+    build_app: Callable[..., App], loopback: socket.socket
+) -> None:
+    """A connection that sends nothing, or half a head, is closed after a while; later requests have their own time."""
+    async with serving(make_server(build_app(), head_timeout_s=0.2), loopback) as url:
+        for data in (b"", b"GET /health HTTP/1.1\r\n"):
+            assert (await exchange(url, data)).startswith(b"HTTP/1.1 408 ")
+        request = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+        answer = await exchange(url, (request + b"\r\n") * 2 + request + b"connection: close\r\n\r\n")
+        assert answer.count(b"HTTP/1.1 200 ") == 3

@@ -14,7 +14,7 @@ ASK = [{"role": "user", "content": "hi"}]
 
 
 def test_a_folder_is_served_under_its_name(tmp_path: Path) -> None:
-    """A model folder gives vocabulary, template and context; `SERVED=MODEL` names it to clients."""
+    """A model folder gives vocabulary, template and context; `NAME=MODEL` names it to clients."""
     folder = folders.save(tmp_path / "org--tiny", folders.byte_level())
     plain, named, fake = load_models(["org/tiny", f"chat={folder}", "fake"], tmp_path)
     assert (plain.name, plain.model, plain.max_model_len) == ("org/tiny", "org/tiny", 256)
@@ -53,8 +53,8 @@ def test_problems_are_told_in_one_line_that_helps(tmp_path: Path) -> None:
     bad_template = folders.save(tmp_path / "bad-template", folders.byte_level(), template="{% for %}")
     expected = {
         "missing": "mell model pull missing",
-        "=x": "SERVED=MODEL",
-        "x=": "SERVED=MODEL",
+        "=x": "NAME=MODEL",
+        "x=": "NAME=MODEL",
         str(bare): "save_pretrained",
         str(broken): "pull the model again",
         str(no_json): "mell model pull",
@@ -64,7 +64,7 @@ def test_problems_are_told_in_one_line_that_helps(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=re.escape(hint)) as told:
             load_models([entry], tmp_path)
         assert "\n" not in str(told.value)
-    with pytest.raises(ModelLoadError, match="SERVED=MODEL"):
+    with pytest.raises(ModelLoadError, match="NAME=MODEL"):
         load_models(["fake", "fake"], tmp_path)
 
 

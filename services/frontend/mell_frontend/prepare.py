@@ -48,7 +48,7 @@ class Job:
         return [
             SequenceRequest(
                 sequence=sequence_id(request_id, position, choice),
-                model=self.model.model,
+                model=self.model.name,
                 prompt_ids=prompt,
                 sampling=self.sampling.model_copy(update={"choice": choice}) if choice else self.sampling,
                 priority=self.priority,

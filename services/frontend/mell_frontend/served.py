@@ -17,7 +17,7 @@ class ModelLoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model: `name` to clients, `model` to the rest of Mell.
+    """One model: `name` to clients and to the workers, `model` where its folder is looked for.
 
     `template` is None for a model that cannot chat; `max_model_len` None if only the workers know it.
     """
@@ -30,12 +30,12 @@ class ServedModel:
 
 
 def load_models(entries: Sequence[str], model_dir: Path, max_model_len: int | None = None) -> list[ServedModel]:
-    """Return the models of `entries` (`MODEL` or `SERVED=MODEL`); raises `ModelLoadError` in one line."""
+    """Return the models of `entries` (`MODEL` or `NAME=MODEL`); raises `ModelLoadError` in one line."""
     models = [_load(*_names(entry), model_dir, max_model_len) for entry in entries]
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
-            raise ModelLoadError(f"two models are to be served as {name!r}; name one with SERVED=MODEL")
+            raise ModelLoadError(f"two models are to be served as {name!r}; name one with NAME=MODEL")
     return models
 
 
@@ -44,7 +44,7 @@ def _names(entry: str) -> tuple[str, str]:
     if not separator:
         return entry, entry
     if not name or not model:
-        raise ModelLoadError(f"{entry!r} is not a model; write MODEL or SERVED=MODEL")
+        raise ModelLoadError(f"{entry!r} is not a model; write MODEL or NAME=MODEL")
     return name, model
 
 

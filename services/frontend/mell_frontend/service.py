@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from mell_frontend.app import create_app
 from mell_frontend.asgi import App
 from mell_frontend.gateway import BusGateway
+from mell_frontend.http_protocol import bounded_protocol
 from mell_frontend.peers import Timeouts
 from mell_frontend.served import ModelLoadError, ServedModel, load_models
 from mell_frontend.settings import FrontendSettings
@@ -61,7 +62,7 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
             gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts)
             registry = _registry(bus, gateway)
             app = create_app(settings, gateway, models, registry)
-            http = _HttpSide(_HttpServer(_http_config(app)), listener, [model.name for model in models])
+            http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, [model.name for model in models])
             metrics = partial(serve_metrics, host=settings.metrics_host, port=settings.metrics_port)
             async with metrics(registry, lambda: gateway.ready):
                 await _run(settings, gateway, bus, http, stop)
@@ -129,9 +130,11 @@ def _registry(bus: Bus, gateway: BusGateway) -> CollectorRegistry:
     return registry
 
 
-def _http_config(app: App) -> uvicorn.Config:
+def _http_config(app: App, settings: FrontendSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        # Twice the headers: the request line and what came along with the head count too.
+        http=bounded_protocol(2 * settings.max_header_bytes, settings.read_timeout_s),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -20,7 +20,9 @@ class FrontendSettings(ServiceSettings):
     host: str = Field("127.0.0.1", description="Interface to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     models: StringList = Field(
-        [DEFAULT_MODEL], min_length=1, description="Models to serve, each `MODEL` or `SERVED=MODEL`; may be repeated."
+        [DEFAULT_MODEL],
+        min_length=1,
+        description="Models to serve, each `MODEL` or `NAME=MODEL`, the name as its workers have it; repeatable.",
     )
     model_dir: Path = Field(default_factory=default_model_dir, description="Folder that pulled models are kept in.")
     max_model_len: int | None = Field(None, ge=1, description="Context in tokens; default: what the model says.")
