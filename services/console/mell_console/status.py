@@ -10,6 +10,7 @@ from rich.table import Table
 from mell_console.get import GetError, get_json
 from mell_shared.messages.admin import STATUS, Status, WorkerStatus
 
+_WIDE = 200
 _STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "silent": "red"}
 
 
@@ -27,9 +28,11 @@ def run(url: str, api_key: str, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
     else:
-        console = Console()
-        console.print(headline(status), highlight=False)
-        console.print(workers_table(status))
+        # Where nobody looks at a screen's edge, nothing is cut off.
+        console = Console(highlight=False)
+        width = console.width if console.is_terminal else _WIDE
+        console.print(headline(status), soft_wrap=True)
+        console.print(workers_table(status), width=width)
     return 0
 
 
@@ -41,23 +44,23 @@ def headline(status: Status) -> str:
 
 def workers_table(status: Status) -> Table:
     """Return a row for each worker, by name."""
-    table = Table("worker", "model", "on", "state", "KV blocks", "running", "waiting", "step", "heard", box=None)
+    table = Table("worker", "model", "on", "state", "KV blocks", "run", "wait", "step", "heard", box=None)
     for worker in sorted(status.workers, key=lambda worker: (worker.name, worker.worker)):
         style = _STATE_STYLES[worker.state]
         table.add_row(
             worker.worker,
             worker.model,
-            f"{worker.host} {worker.device} ({worker.engine})",
+            f"{worker.host} {worker.device}",
             f"[{style}]{worker.state}[/{style}]",
             kv_use(worker),
             str(worker.running),
             str(worker.waiting),
             f"{worker.step_us / 1000:.1f} ms" if worker.step_us else "",
-            f"{worker.report_age_s:.1f} s ago",
+            f"{worker.report_age_s:.1f} s",
         )
     return table
 
 
 def kv_use(worker: WorkerStatus) -> str:
-    """Return used of all KV blocks, and the share."""
-    return f"{worker.used_blocks:,} of {worker.kv_blocks:,} ({worker.used_blocks / worker.kv_blocks:.0%})"
+    """Return the KV blocks used, all there are, and the share."""
+    return f"{worker.used_blocks}/{worker.kv_blocks} {worker.used_blocks / worker.kv_blocks:.0%}"

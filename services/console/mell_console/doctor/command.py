@@ -11,17 +11,18 @@ from rich.table import Table
 from mell_console.doctor.checks import Check, judge
 from mell_console.doctor.facts import gather
 
+_WIDE = 200
 _MARKS = {"good": "[green]✓[/green]", "could be better": "[yellow]![/yellow]", "missing": "[red]✗[/red]"}
 
 
 def run(port: int, *, as_json: bool) -> int:
     """Print the diagnosis; return 1 if something needed is missing."""
-    console = Console()
     checks = judge(gather(port))
     if as_json:
         sys.stdout.write(json.dumps([asdict(check) for check in checks], indent=1) + "\n")
     else:
-        console.print(as_table(checks))
+        console = Console(highlight=False)
+        console.print(as_table(checks), width=console.width if console.is_terminal else _WIDE)
     return int(any(check.verdict == "missing" for check in checks))
 
 
