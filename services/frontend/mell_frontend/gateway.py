@@ -105,7 +105,7 @@ class BusGateway:
 
     async def emptied(self) -> None:
         """Return when no sequence is open and no peer is being asked."""
-        while self._streams or self._asks:
+        while self._streams or self._asks or self._core.open_sequences:
             self._fewer.clear()
             await self._fewer.wait()
 
@@ -147,12 +147,8 @@ class BusGateway:
         started()
 
     def _close(self, sequence: str) -> None:
-        if self._forget(sequence) is not None:
+        if self._streams.pop(sequence, None) is not None:
             self._post(SequenceClosed(sequence))
-
-    def _forget(self, sequence: str) -> BufferedStream | None:
-        self._fewer.set()
-        return self._streams.pop(sequence, None)
 
     def _post(self, event: Event) -> None:
         if not self._actor.post(event):
@@ -205,6 +201,7 @@ class BusGateway:
             self._scheduler_heard_us = self._clock.now_us()
         for command in self._core.handle(event, self._clock.now_us()):
             await self._carry_out(command)
+        self._fewer.set()
 
     async def _carry_out(self, command: Command) -> None:
         match command:
@@ -243,7 +240,6 @@ class BusGateway:
     async def _put_answer(self, ask: Coroutine[Any, Any, Event]) -> None:
         event = await ask
         self._asks -= 1
-        self._fewer.set()
         await self._actor.put(event)
 
     def _deliver(self, command: DeliverTokens) -> None:
@@ -252,11 +248,11 @@ class BusGateway:
             return  # closed while the tokens waited in the mailbox
         stream.push(command.token_ids, command.logprobs, command.finish_reason, command.cached_tokens)
         if command.finish_reason is not None:
-            self._forget(command.sequence)
+            self._streams.pop(command.sequence, None)
 
     def _fail(self, command: FailSequence) -> None:
         self._log.warning("sequence_failed", sequence=command.sequence, kind=command.failure, why=command.message)
-        stream = self._forget(command.sequence)
+        stream = self._streams.pop(command.sequence, None)
         if stream is not None:
             stream.fail(
                 GenerationError(

@@ -219,6 +219,17 @@ def test_a_status_asks_for_tokens_that_do_not_come() -> None:
     assert bench.ask(ahead, after_us=1 * MS_US)[0] == StreamStatusReply(resend={0: 2})
 
 
+def test_an_owner_whose_tokens_a_status_names_but_never_come_is_given_up() -> None:
+    """After so many resends in vain another worker gets the sequence, and the first is told to stop."""
+    bench = streaming(StreamLimits(max_resends=3))
+    ahead = status("w1", ("s", 1, 5, False))
+    for _ in range(3):
+        assert bench.ask(ahead, after_us=SECOND_US)[0] == StreamStatusReply(resend={0: 2})
+    reply, commands = bench.ask(ahead, after_us=SECOND_US)
+    assert reply == StreamStatusReply(cancel=[0])
+    assert bench.place("w2", commands).message.output_ids == [5, 6]
+
+
 def test_a_status_asks_for_an_end_that_does_not_come() -> None:
     """The last message was lost: the end is sent again, and acknowledged once it was accepted."""
     bench = streaming()

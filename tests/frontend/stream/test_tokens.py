@@ -48,6 +48,18 @@ def test_a_new_gap_after_a_mended_one_is_asked_for_at_once() -> None:
     assert resends(bench.handle(tokens("w1", 3, [8]))) == [("w1", 2)]
 
 
+def test_an_owner_whose_tokens_never_arrive_is_given_up() -> None:
+    """Gap upon gap without a token between: after so many resends another worker gets the sequence."""
+    bench = Bench(StreamLimits(max_resends=3))
+    bench.stream()
+    bench.handle(tokens("w1", 0, [5]))
+    for _ in range(3):
+        assert resends(bench.handle(tokens("w1", 2, [7]), after_us=250 * MS_US)) == [("w1", 1)]
+    commands = bench.handle(tokens("w1", 2, [7]), after_us=250 * MS_US)
+    assert isinstance(commands[0], CancelSequence)
+    assert bench.place("w2", commands).message.output_ids == [5]
+
+
 def test_tokens_from_anybody_but_the_owner_are_dropped() -> None:
     """Other workers, other generations, unknown and ended sequences: none counts."""
     bench = Bench()

@@ -21,6 +21,8 @@ class StreamLimits:
     """Streams fail when our own connection has been down for this long."""
     resend_pause_us: int = 250_000
     """A gap in one sequence is not asked for again before."""
+    max_resends: int = 20
+    """Resends asked for in a row without any token coming; then the owner is taken for lost."""
     stall_us: int = 250_000
     """Tokens that a status names are asked for when none came for this long; before, they are on their way."""
     status_apart_us: int = 500_000

@@ -41,6 +41,8 @@ class Sequence:
 
     progressed_us: int = 0
     resend_asked_us: int | None = None
+    resends: int = 0
+    """Resends asked for since the last token was accepted, or the owner changed."""
     missing_since_us: int | None = None
     """When the first of its owner's statuses came that lacks it."""
     granted: tuple[Claim, Granted] | None = None
@@ -76,6 +78,7 @@ class Sequence:
         self.aborted.clear()
         self.missing_since_us = None
         self.resend_asked_us = None
+        self.resends = 0
 
     def place_request(self, frontend: str, now_us: int) -> PlaceRequest:
         """Return what the scheduler needs to know."""

@@ -62,7 +62,12 @@ class StatusJudge:
         if now_us - sequence.progressed_us < self._limits.stall_us:
             return
         sequence.resend_asked_us = now_us
-        verdicts.resend[row] = sequence.accepted
+        sequence.resends += 1
+        if sequence.resends <= self._limits.max_resends:
+            verdicts.resend[row] = sequence.accepted
+        else:
+            verdicts.cancel.append(row)
+            verdicts.lost.append((sequence, "what its worker sends does not arrive"))
 
     def _note_missing(self, owner: Owner, status: StreamStatus, verdicts: _Verdicts, now_us: int) -> None:
         listed = dict(zip(status.sequences, status.generations, strict=True))

@@ -86,6 +86,7 @@ class TokenIntake:
         sequence.output_ids += token_ids
         sequence.progressed_us = now_us
         sequence.resend_asked_us = None
+        sequence.resends = 0
         sequence.setbacks = 0
         self._stats.tokens_accepted += len(token_ids)
 
@@ -95,7 +96,7 @@ class TokenIntake:
             sequence.cached_tokens = row.cached_tokens
         if row.first_index > sequence.accepted:
             self._stats.gaps += 1
-            return self.ask_resend(sequence, now_us)
+            return self._mend_gap(sequence, now_us)
         repeated = sequence.accepted - row.first_index
         self._stats.tokens_repeated += min(repeated, len(row.token_ids))
         if repeated > len(row.token_ids):
@@ -113,6 +114,14 @@ class TokenIntake:
         if beyond_limit:
             return self._life.finish_at_limit(sequence, delta, now_us)
         return self._end_row(sequence, delta, now_us)
+
+    def _mend_gap(self, sequence: Sequence, now_us: int) -> list[Command]:
+        commands = self.ask_resend(sequence, now_us)
+        sequence.resends += len(commands)
+        if sequence.resends <= self._limits.max_resends:
+            return commands
+        why = f"what worker {sequence.owner} sends does not arrive"
+        return self._life.lose(sequence, Cause.OWNER_LOST, why, now_us)
 
     def _end_row(self, sequence: Sequence, delta: DeliverTokens, now_us: int) -> list[Command]:
         if delta.finish_reason in {"stop", "length"}:
