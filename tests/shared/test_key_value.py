@@ -1,156 +1,159 @@
+"""One contract for the store in memory and the one on a real broker."""
+
 import asyncio
-import json
-import os
 import secrets
-import signal
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
-from mell_shared.clock import SystemClock
-from mell_shared.key_value import Entry, KeyValue, KeyValueConflictError, KeyValueError, KeyValueUnavailableError
+from mell_shared.clock import ManualClock, SystemClock
+from mell_shared.key_value import KeyValue, KeyValueConflictError, KeyValueError, KeyValueUnavailableError
 from mell_shared.memory_key_value import MemoryBucket, MemoryKeyValue
-from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_key_value import NatsKeyValue
-from mell_shared.nats_server import NatsServer
 from tests.conftest import BusFactory
 
-MakeStores = Callable[[float], tuple[KeyValue, KeyValue]]
-WAIT_S = 10.0
+WAIT_S = 5.0
 
 
 @pytest_asyncio.fixture(params=["memory", "nats"])
-async def stores(request: pytest.FixtureRequest, connect_bus: BusFactory) -> AsyncIterator[MakeStores]:
-    """Make two processes' ways to one new bucket with a time to live in seconds."""
-    first, second = await connect_bus(), await connect_bus()
-
-    def make(ttl_s: float) -> tuple[KeyValue, KeyValue]:
-        if request.param == "memory":
-            bucket = MemoryBucket(SystemClock(), round(ttl_s * 1e6))
-            return MemoryKeyValue(bucket), MemoryKeyValue(bucket)
-        name = f"test-{secrets.token_hex(4)}"
-        return NatsKeyValue(first, name, ttl_s), NatsKeyValue(second, name, ttl_s)
-
-    yield make
+async def store(request: pytest.FixtureRequest, connect_bus: BusFactory) -> AsyncIterator[KeyValue]:
+    """An empty bucket whose keys live for a minute."""
+    if request.param == "memory":
+        yield MemoryKeyValue(MemoryBucket(SystemClock(), 60_000_000))
+    else:
+        yield NatsKeyValue(await connect_bus(), f"test-{secrets.token_hex(4)}", 60.0)
 
 
-async def test_what_one_writes_the_other_reads(stores: MakeStores) -> None:
-    """A key has no value at first; then everybody reads the last one with its revision, which rises."""
-    mine, yours = stores(60)
-    assert await yours.read("lease", WAIT_S) is None
-    revision = await mine.write("lease", b"1", 0, WAIT_S)
-    assert await yours.read("lease", WAIT_S) == Entry(b"1", revision)
-    later = await yours.write("lease", b"2", revision, WAIT_S)
-    assert later > revision
-    assert await mine.read("lease", WAIT_S) == Entry(b"2", later)
+async def test_a_key_without_a_value(store: KeyValue) -> None:
+    """Reading what was never written gives None."""
+    assert await store.read("key", WAIT_S) is None
 
 
-async def test_only_one_of_two_writers_wins(stores: MakeStores) -> None:
-    """A write that names an old revision, or none where there is a value, changes nothing."""
-    mine, yours = stores(60)
-    revision = await mine.write("lease", b"mine", 0, WAIT_S)
+async def test_what_was_written_is_read(store: KeyValue) -> None:
+    """Value and revision come back."""
+    revision = await store.write("key", b"value", 0, WAIT_S)
+    entry = await store.read("key", WAIT_S)
+    assert entry is not None
+    assert (entry.value, entry.revision) == (b"value", revision)
+
+
+async def test_a_second_creation_conflicts(store: KeyValue) -> None:
+    """Revision 0 means that there must be no value."""
+    await store.write("key", b"first", 0, WAIT_S)
     with pytest.raises(KeyValueConflictError):
-        await yours.write("lease", b"yours", 0, WAIT_S)
-    later = await mine.write("lease", b"mine again", revision, WAIT_S)
+        await store.write("key", b"second", 0, WAIT_S)
+    entry = await store.read("key", WAIT_S)
+    assert entry is not None
+    assert entry.value == b"first"
+
+
+async def test_an_update_needs_the_present_revision(store: KeyValue) -> None:
+    """Only who knows the last write may follow it."""
+    first = await store.write("key", b"1", 0, WAIT_S)
+    second = await store.write("key", b"2", first, WAIT_S)
+    assert second > first
     with pytest.raises(KeyValueConflictError):
-        await yours.write("lease", b"yours", revision, WAIT_S)
+        await store.write("key", b"3", first, WAIT_S)
+
+
+async def test_an_erased_key_can_be_created_again(store: KeyValue) -> None:
+    """Giving a key back leaves it as if it had expired."""
+    revision = await store.write("key", b"1", 0, WAIT_S)
+    await store.erase("key", revision, WAIT_S)
+    assert await store.read("key", WAIT_S) is None
+    assert await store.write("key", b"2", 0, WAIT_S) > revision
+
+
+async def test_erasing_needs_the_present_revision(store: KeyValue) -> None:
+    """Nobody gives back what another holds."""
+    revision = await store.write("key", b"1", 0, WAIT_S)
+    await store.write("key", b"2", revision, WAIT_S)
     with pytest.raises(KeyValueConflictError):
-        await yours.erase("lease", revision, WAIT_S)
-    assert await yours.read("lease", WAIT_S) == Entry(b"mine again", later)
+        await store.erase("key", revision, WAIT_S)
 
 
-async def test_an_erased_key_is_free_at_once(stores: MakeStores) -> None:
-    """After its holder erased it the key reads as never written, and anyone may take it."""
-    mine, yours = stores(60)
-    revision = await mine.write("lease", b"mine", 0, WAIT_S)
-    await mine.erase("lease", revision, WAIT_S)
-    assert await yours.read("lease", WAIT_S) is None
-    assert await yours.write("lease", b"yours", 0, WAIT_S) > revision
+async def test_keys_are_apart(store: KeyValue) -> None:
+    """A write to one key does not disturb another's revision."""
+    revision = await store.write("a", b"1", 0, WAIT_S)
+    await store.write("b", b"1", 0, WAIT_S)
+    await store.write("a", b"2", revision, WAIT_S)
 
 
-async def test_a_key_nobody_renews_expires(stores: MakeStores) -> None:
-    """Past its time to live a key is gone and free, without anyone's doing."""
-    mine, yours = stores(0.3)
-    await mine.write("lease", b"mine", 0, WAIT_S)
-    async with asyncio.timeout(30):
-        while await yours.read("lease", WAIT_S) is not None:  # noqa: ASYNC110 - expiry sets no event
-            await asyncio.sleep(0.01)
-    assert await yours.write("lease", b"yours", 0, WAIT_S) > 0
+async def test_memory_keys_expire() -> None:
+    """A key not written for the time to live is gone, and can be created anew."""
+    clock = ManualClock()
+    store = MemoryKeyValue(MemoryBucket(clock, 5_000_000))
+    revision = await store.write("key", b"1", 0, WAIT_S)
+    clock.advance_us(4_000_000)
+    await store.write("key", b"2", revision, WAIT_S)
+    clock.advance_us(4_999_999)
+    assert await store.read("key", WAIT_S) is not None
+    clock.advance_us(1)
+    assert await store.read("key", WAIT_S) is None
+    await store.write("key", b"3", 0, WAIT_S)
 
 
-async def test_without_a_connection_the_store_says_so(connect_bus: BusFactory) -> None:
-    """A store that cannot be reached raises its own error, in memory and over a closed bus."""
-    memory = MemoryKeyValue(MemoryBucket(SystemClock(), 1_000_000))
-    memory.reachable = False
-    bus = await connect_bus()
-    await bus.close()
-    for store in (memory, NatsKeyValue(bus, "test-closed", 1.0)):
-        for attempt in (
-            store.read("lease", WAIT_S),
-            store.write("lease", b"", 0, WAIT_S),
-            store.erase("lease", 1, WAIT_S),
-        ):
-            with pytest.raises(KeyValueError):
-                await attempt
-
-
-async def test_a_broker_that_stands_still_costs_the_time_out(tmp_path: Path) -> None:
-    """No answer is an error after the time given, and the same store works again afterwards."""
-    with NatsServer(tmp_path) as server:
-        bus = await NatsBus.connect(server.url)
-        store = NatsKeyValue(bus, "test", 60)
-        await store.write("lease", b"1", 0, WAIT_S)
-        os.kill(server.pid, signal.SIGSTOP)
-        with pytest.raises(KeyValueError, match="in time"):
-            await store.read("lease", 0.05)
-        os.kill(server.pid, signal.SIGCONT)
-        entry = await store.read("lease", WAIT_S)
-        assert entry is not None
-        assert entry.value == b"1"
-        await bus.close()
-
-
-async def test_a_bucket_that_was_deleted_is_made_again(connect_bus: BusFactory) -> None:
-    """Somebody's clean-up costs one error, not the service."""
-    bus = await connect_bus()
-    store = NatsKeyValue(bus, "test-deleted", 60)
-    await store.write("lease", b"1", 0, WAIT_S)
-    await bus.client.jetstream().delete_key_value("test-deleted")
-    with pytest.raises(KeyValueError, match="test-deleted is gone"):
-        await store.write("lease", b"2", 0, WAIT_S)
-    assert await store.write("lease", b"2", 0, WAIT_S) == 1
-
-
-async def test_a_bucket_that_forgets_too_soon_is_refused(connect_bus: BusFactory) -> None:
-    """Keys that expire before the holder thinks so would make two holders; the error says what to do."""
-    bus = await connect_bus()
-    await NatsKeyValue(bus, "test-short", 1.0).read("lease", WAIT_S)
-    with pytest.raises(KeyValueUnavailableError, match="test-short keeps keys for"):
-        await NatsKeyValue(bus, "test-short", 60.0).read("lease", WAIT_S)
-
-
-async def test_a_broker_without_jetstream_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says how to start the broker, or how to do without."""
-    write_config = NatsServer._write_config
-
-    def without_jetstream(server: NatsServer) -> None:
-        write_config(server)
-        plain = json.loads(server._config.read_text())
-        del plain["jetstream"]
-        server._config.write_text(json.dumps(plain))
-
-    monkeypatch.setattr(NatsServer, "_write_config", without_jetstream)
-    with NatsServer(tmp_path) as server:
-        bus = await NatsBus.connect(server.url)
-        with pytest.raises(KeyValueUnavailableError, match="-js"):
-            await NatsKeyValue(bus, "test", 60).read("lease", WAIT_S)
-        await bus.close()
-
-
-async def test_an_outcome_s_errors_are_the_store_s_own(connect_bus: BusFactory) -> None:
-    """What the broker refuses for another reason (a bad key) is the store's error too."""
-    store = NatsKeyValue(await connect_bus(), "test-keys", 60)
+async def test_an_unreachable_memory_store() -> None:
+    """A cut connection is an error, not an absent key."""
+    store = MemoryKeyValue(MemoryBucket(ManualClock(), 1))
+    store.reachable = False
     with pytest.raises(KeyValueError):
-        await store.read("a b", WAIT_S)
+        await store.read("key", WAIT_S)
+
+
+@pytest.mark.connected
+async def test_keys_on_the_broker_expire(connect_bus: BusFactory) -> None:
+    """The bucket's time to live holds for updated keys too."""
+    store = NatsKeyValue(await connect_bus(), f"test-{secrets.token_hex(4)}", 1.0)
+    revision = await store.write("key", b"1", 0, WAIT_S)
+    await store.write("key", b"2", revision, WAIT_S)
+    async with asyncio.timeout(20):
+        while await store.read("key", WAIT_S) is not None:  # noqa: ASYNC110 - expiry sets no event
+            await asyncio.sleep(0.1)
+    await store.write("key", b"3", 0, WAIT_S)
+
+
+@pytest.mark.connected
+async def test_a_bucket_is_shared_by_connections(connect_bus: BusFactory) -> None:
+    """Two processes see one key; the second one's creation conflicts."""
+    name = f"test-{secrets.token_hex(4)}"
+    first = NatsKeyValue(await connect_bus(), name, 60.0)
+    second = NatsKeyValue(await connect_bus(), name, 60.0)
+    await first.write("key", b"1", 0, WAIT_S)
+    with pytest.raises(KeyValueConflictError):
+        await second.write("key", b"2", 0, WAIT_S)
+
+
+@pytest.mark.connected
+async def test_a_closed_connection_is_an_error(connect_bus: BusFactory) -> None:
+    """Nothing is sent, and nothing waits for a reconnection."""
+    bus = await connect_bus()
+    store = NatsKeyValue(bus, "test-closed", 60.0)
+    await bus.close()
+    with pytest.raises(KeyValueError, match="down"):
+        await store.write("key", b"1", 0, WAIT_S)
+
+
+@pytest.mark.connected
+async def test_a_deleted_bucket_is_made_again(connect_bus: BusFactory) -> None:
+    """An operator's clean-up costs one failed call."""
+    bus = await connect_bus()
+    name = f"test-{secrets.token_hex(4)}"
+    store = NatsKeyValue(bus, name, 60.0)
+    revision = await store.write("key", b"1", 0, WAIT_S)
+    await bus.client.jetstream().delete_key_value(name)
+    with pytest.raises(KeyValueError):
+        await store.write("key", b"2", revision, WAIT_S)
+    assert await store.read("key", WAIT_S) is None
+    await store.write("key", b"3", 0, WAIT_S)
+
+
+@pytest.mark.connected
+async def test_a_bucket_that_forgets_too_soon_is_refused(connect_bus: BusFactory) -> None:
+    """A lease on it would be lost while its holder trusts it."""
+    bus = await connect_bus()
+    name = f"test-{secrets.token_hex(4)}"
+    await NatsKeyValue(bus, name, 1.0).read("key", WAIT_S)
+    with pytest.raises(KeyValueUnavailableError, match="delete it"):
+        await NatsKeyValue(bus, name, 5.0).read("key", WAIT_S)
