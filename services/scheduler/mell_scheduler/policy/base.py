@@ -214,6 +214,9 @@ class Policy(Protocol):
     def failed(self, item_id: ItemId) -> None:
         """The item's move failed or was not carried out: it is at its source, its target is freed."""
 
+    def size_of(self, item_id: ItemId) -> int:
+        """The item's size as last told, growth not included."""
+
     def gpu_of(self, item_id: ItemId) -> GpuId | None:
         """Where the item physically is; None if unknown."""
 

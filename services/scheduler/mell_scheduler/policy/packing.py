@@ -121,6 +121,10 @@ class PackingPolicy:
         """See `base.Policy`."""
         self.cluster.abort_move(self.cluster.items[item_id])
 
+    def size_of(self, item_id: ItemId) -> int:
+        """See `base.Policy`."""
+        return self.cluster.items[item_id].size
+
     def gpu_of(self, item_id: ItemId) -> GpuId | None:
         """See `base.Policy`."""
         item = self.cluster.items.get(item_id)

@@ -1,0 +1,158 @@
+"""How fast the policies decide: arrivals, reports and epochs at 10 to 10,000 GPUs of 100 requests each."""
+
+import sys
+from collections.abc import Callable, Sequence
+from random import Random
+from time import perf_counter_ns
+
+import pytest
+
+from mell_scheduler.policy import Policy, PolicySettings, make_policy
+from mell_scheduler.policy.base import GpuId, GpuSpec, Item, ItemId, Move
+from mell_scheduler.sim.driver import PolicyDriver
+from mell_scheduler.sim.memory import MemoryRun, MemorySettings
+from mell_scheduler.sim.requests import US_PER_S, Request, Workload
+from mell_scheduler.sim.series import percentile
+
+CAPACITY = 10_000
+PER_GPU = 100
+HEAD = "   GPUs    arr p50    arr p99     report     depart      epoch"
+BUSY_HEAD = "   GPUs    arr p99     report      epoch      total"
+POLICIES = ("repack", "mell", "load-balance-drain", "best-fit")
+
+
+def filled(name: str, gpus: int) -> Policy:
+    """A cluster about 85% full, of mixed sizes around C/118, and a tenth as many standby GPUs."""
+    random = Random(1)
+    policy = make_policy(name)
+    for index in range(gpus + gpus // 10 + 1):
+        policy.add_gpu(GpuSpec(f"g{index}", CAPACITY, host=f"h{index // 8}"))
+    for index in range(gpus):
+        for at in range(PER_GPU):
+            policy.place(Item(f"i{index}-{at}", random.randint(20, 150)), f"g{index}")
+    return policy
+
+
+def timed(action: Callable[[int], object], times: int) -> list[float]:
+    """Microseconds that each call took."""
+    out = []
+    for at in range(times):
+        start = perf_counter_ns()
+        action(at)
+        out.append((perf_counter_ns() - start) / 1e3)
+    return out
+
+
+def settle(policy: Policy) -> None:
+    """One epoch, all moves committed."""
+    for move in policy.epoch(0):
+        policy.moved(move.item_id)
+
+
+def arrivals_and_departures(policy: Policy, times: int) -> tuple[list[float], list[float]]:
+    """Each arrival decided and, fifty later, gone, so that the load stays."""
+    random = Random(2)
+    sizes = [random.randint(20, 150) for _ in range(times)]
+    arrivals, departures = [], []
+    for at, size in enumerate(sizes):
+        item = Item(f"new{at}", size)
+        arrivals += timed(lambda _, new=item: policy.allocate(new), 1)  # type: ignore[misc]
+        if at >= 50:
+            departures += timed(lambda _, old=f"new{at - 50}": policy.depart(old), 1)  # type: ignore[misc]
+    return arrivals, departures
+
+
+def report(policy: Policy, gpus: int) -> Callable[[int], object]:
+    """One GPU's report of all its sequences, each one block greater."""
+    growth = [0] * gpus
+    rows = [policy.items_on(f"g{index}") for index in range(gpus)]
+    sizes = [[policy.size_of(item_id) for item_id in row] for row in rows]
+
+    def take(at: int) -> object:
+        gpu = at % gpus
+        growth[gpu] += 1
+        return policy.update_gpu(f"g{gpu}", rows[gpu], [size + growth[gpu] for size in sizes[gpu]])
+
+    return take
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", POLICIES)
+def test_decisions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of microseconds; arrivals p99, reports mean, departures mean, epochs mean."""
+    rows = []
+    for gpus in (10, 100, 1_000):
+        policy = filled(name, gpus)
+        for _ in range(3):
+            settle(policy)
+        arrivals, departures = arrivals_and_departures(policy, 2_000)
+        reports = timed(report(policy, gpus), 2_000)
+        epochs = timed(lambda _, p=policy: settle(p), 3)  # type: ignore[misc]
+        rows.append(
+            f"{gpus:>7} {percentile(arrivals, 0.5):>10.1f} {percentile(arrivals, 0.99):>10.1f}"
+            f" {sum(reports) / len(reports):>10.1f} {sum(departures) / len(departures):>10.1f}"
+            f" {sum(epochs) / len(epochs) / 1e3:>10.1f}"
+        )
+    with capsys.disabled():
+        sys.stdout.write(f"\n{name}: microseconds, epochs in milliseconds\n{HEAD}\n" + "\n".join(rows) + "\n")
+
+
+class Stopwatch(PolicyDriver):
+    """Times each kind of call that a simulation makes, in microseconds."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.spent: dict[str, list[float]] = {"arrival": [], "report": [], "epoch": []}
+
+    def arrived(self, item: Item, now_us: int) -> GpuId | None:
+        """Timed."""
+        start = perf_counter_ns()
+        gpu_id = super().arrived(item, now_us)
+        self.spent["arrival"].append((perf_counter_ns() - start) / 1e3)
+        return gpu_id
+
+    def reported(self, gpu_id: GpuId, item_ids: Sequence[ItemId], blocks: Sequence[int], now_us: int) -> None:
+        """Timed."""
+        start = perf_counter_ns()
+        super().reported(gpu_id, item_ids, blocks, now_us)
+        self.spent["report"].append((perf_counter_ns() - start) / 1e3)
+
+    def epoch(self, now_us: int) -> list[Move]:
+        """Timed."""
+        start = perf_counter_ns()
+        moves = super().epoch(now_us)
+        self.spent["epoch"].append((perf_counter_ns() - start) / 1e3)
+        return moves
+
+
+def busy(gpus: int, seconds: int) -> Workload:
+    """About `gpus` full GPUs of 100 requests each, that come, grow by a block a second, and go."""
+    random = Random(3)
+    now_us, requests = 0.0, []
+    while now_us < seconds * US_PER_S:
+        now_us += random.expovariate(gpus * 100 / 60.0) * US_PER_S
+        requests.append(Request(round(now_us), random.randint(20, 120), random.randint(30, 90)))
+    return Workload("busy", requests)
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["repack", "mell"])
+def test_a_busy_second(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full cluster in steady state: what all decisions of one second take, by size."""
+    rows = []
+    for gpus in (10, 100, 1_000):
+        watch = Stopwatch(make_policy(name, PolicySettings(hold_both_ends=False)))
+        run = MemoryRun(busy(gpus, 100), MemorySettings(CAPACITY, 1.0), watch, perf_counter_ns)
+        for now_s in run.run(100):
+            if now_s == 90:
+                watch.spent = {kind: [] for kind in watch.spent}
+        arrivals, reports, epochs = (watch.spent[kind] for kind in ("arrival", "report", "epoch"))
+        total_ms = (sum(arrivals) + sum(reports) + sum(epochs)) / len(epochs) / 1e3
+        rows.append(
+            f"{run.series.gpus[-1]:>7} {percentile(arrivals, 0.99):>10.1f} {sum(reports) / len(reports):>10.1f}"
+            f" {sum(epochs) / len(epochs) / 1e3:>10.1f} {total_ms:>10.1f}"
+        )
+    with capsys.disabled():
+        sys.stdout.write(f"\n{name}, one busy second: us, us, ms, ms\n{BUSY_HEAD}\n" + "\n".join(rows) + "\n")
