@@ -136,7 +136,8 @@ def test_a_resubmission_whose_output_is_complete_ends_at_once(
 ) -> None:
     """Nothing is computed; the end is published without tokens and waits to be acknowledged."""
     world = CoreWorld()
-    assert isinstance(world.ask(submit("a", output_ids=output, **sampling)), SubmitAccepted)
+    commands = world.tell(CommandReceived(submit("a", output_ids=output, **sampling), "inbox"))
+    assert commands[0] == Reply("inbox", SubmitAccepted()), "the reply comes before the end"
     assert world.step is None
     (command,) = only(PublishTokens, world.commands)
     assert (command.message.counts, command.message.finished) == ([0], {0: reason})
@@ -307,6 +308,16 @@ def test_a_cancel_that_overtakes_its_submission_still_counts() -> None:
     world.ask(Cancel(sequence="a", generation=1))
     assert refusal(world, submit("a")) == "superseded"
     assert isinstance(world.ask(submit("a", generation=2)), SubmitAccepted)
+
+
+def test_a_cancel_that_overtook_counts_also_when_an_older_generation_ends_after_it() -> None:
+    """What is remembered of an id is never older than what was heard of it."""
+    world = CoreWorld()
+    world.ask(submit("a", max_tokens=1))
+    world.ask(Cancel(sequence="a", generation=2))
+    world.run()
+    status(world, StreamStatusReply(ack_end=[0]))
+    assert refusal(world, submit("a", generation=2)) == "superseded"
 
 
 def test_a_cancel_of_an_ended_sequence_forgets_it() -> None:
