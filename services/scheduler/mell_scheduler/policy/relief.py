@@ -29,31 +29,32 @@ class Relief:
     def moves(self) -> Iterator[Move]:
         """Relieve every overloaded GPU as far as there is room, in order of GPUs' arrival."""
         for gpu in self._cluster.overloaded():
-            while gpu.over_after_moves > 0:
-                move = self._next_move(gpu)
+            while (over := gpu.over_after_moves) > 0:
+                move = self._next_move(gpu, over)
                 if move is None:
                     break
                 yield move
 
-    def _next_move(self, gpu: GpuRecord) -> Move | None:
+    def _next_move(self, gpu: GpuRecord, over: int) -> Move | None:
         """One move that cures, into a GPU in use; else several that do; else one to a standby GPU."""
         movable = [i for i in gpu.items.values() if self._cluster.may_move(i)]
-        movable.sort(key=lambda item: self._cost(item, gpu))
-        curing = [i for i in movable if i.planned >= gpu.over_after_moves]
-        for item in [*curing, *sorted((i for i in movable if i not in curing), key=_size)]:
+        curing = [i for i in movable if i.planned >= over]
+        curing.sort(key=lambda item: self._cost(item, gpu, over))
+        smaller = sorted((i for i in movable if i.planned < over), key=_size)
+        for item in [*curing, *smaller]:
             target = self._find(item, gpu)
             if target is not None:
                 return self._cluster.begin_move(item, target, Reason.OVERLOAD)
-        for item in curing or sorted(movable, key=_size, reverse=True):
+        for item in curing or reversed(smaller):
             target = self._cluster.standby_for(item.model, item.planned)
             if target is not None:
                 return self._cluster.begin_move(item, target, Reason.OVERLOAD)
         return None
 
-    def _cost(self, item: ItemState, gpu: GpuRecord) -> float:
+    def _cost(self, item: ItemState, gpu: GpuRecord, over: int) -> float:
         fixed = self._move_cost * gpu.capacity + 1.0
-        gained = min(item.planned - gpu.over_after_moves, self._slack * gpu.capacity)
-        return (item.planned + fixed) / (max(gained, 0.0) + fixed)
+        gained = min(item.planned - over, self._slack * gpu.capacity)
+        return (item.planned + fixed) / (gained + fixed)
 
 
 def _size(item: ItemState) -> int:
