@@ -3,6 +3,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 
 from mell_gpu_worker.core.step import StepResult, StepRow
@@ -237,6 +238,28 @@ def test_metrics_tell_what_the_worker_did() -> None:
             assert line in text.splitlines()
 
     play(scene)
+
+
+def test_debug_logs_say_what_led_to_what_and_hold_no_text() -> None:
+    """Each event with the commands that it caused, by kind."""
+    logged: list[dict[str, object]] = []
+
+    def keep(_logger: object, _method: str, entry: dict[str, object]) -> dict[str, object]:
+        logged.append(dict(entry))
+        raise structlog.DropEvent
+
+    async def scene(worker: RunningWorker, frontend: SmallFrontend) -> None:
+        await frontend.submit("w1", submit("a", b"secret", max_tokens=2))
+        await frontend.finished("a")
+
+    structlog.configure(processors=[keep], wrapper_class=structlog.make_filtering_bound_logger("debug"))
+    try:
+        play(scene)
+    finally:
+        structlog.reset_defaults()
+    handled = [(entry["cause"], entry["commands"]) for entry in logged if entry["event"] == "handled"]
+    assert ("CommandReceived(Submit)", ["Reply(SubmitAccepted)", "RunStep"]) in handled
+    assert "secret" not in str(logged)
 
 
 # --- with threads, in real time

@@ -1,6 +1,7 @@
 """The worker's shell: deliveries and engine results become events, the core's commands become messages and steps."""
 
 import asyncio
+import logging
 from functools import partial
 
 import structlog
@@ -149,7 +150,11 @@ class WorkerService:
     async def _handle(self, event: Event) -> None:
         if isinstance(event, StepFinished):
             self.counts.took_step(event.result)
-        for command in self.core.handle(event, self._clock.now_us()):
+        commands = self.core.handle(event, self._clock.now_us())
+        if commands and self._log.is_enabled_for(logging.DEBUG):
+            # Kinds only: what they hold are people's texts.
+            self._log.debug("handled", cause=_kind(event), commands=[_kind(command) for command in commands])
+        for command in commands:
             await self._perform(command)
 
     async def _perform(self, command: Command) -> None:
@@ -214,6 +219,13 @@ class WorkerService:
             # The status sent after the reconnection repairs what this loses.
             self.counts.unsent_messages += 1
             self._log.debug("unsent", subject=subject, why=str(error))
+
+
+def _kind(value: Event | Command) -> str:
+    """Name an event or command, and the kind of message in it."""
+    inner = getattr(value, "message", None) or getattr(value, "command", None)
+    name = type(value).__name__
+    return f"{name}({type(inner).__name__})" if isinstance(inner, Message) else name
 
 
 def core_config(settings: WorkerSettings, worker: str, engine: EngineSpec) -> WorkerConfig:
