@@ -1,7 +1,10 @@
 """One harness for both buses: connect, cut the link, restore it. The contract's tests run on each."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -18,6 +21,17 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> 
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.002)
+
+
+async def freeze(server: NatsServer) -> None:
+    """Make the server stand still: its port accepts and its connections stay, but nothing is answered."""
+    os.kill(server.pid, signal.SIGSTOP)
+    await eventually(
+        lambda: all(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            for task in Path(f"/proc/{server.pid}/task").iterdir()
+        )
+    )
 
 
 class BusHarness(Protocol):

@@ -21,18 +21,7 @@ from mell_shared.bus import (
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer, NatsServerError
 from tests.conftest import BusFactory
-from tests.shared.conftest import eventually
-
-
-async def freeze(server: NatsServer) -> None:
-    """Make the server stand still: its port accepts and its connections stay, but nothing is answered."""
-    os.kill(server.pid, signal.SIGSTOP)
-    await eventually(
-        lambda: all(
-            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-            for task in Path(f"/proc/{server.pid}/task").iterdir()
-        )
-    )
+from tests.shared.conftest import eventually, freeze
 
 
 def calm(*buses: NatsBus) -> None:

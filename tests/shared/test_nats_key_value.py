@@ -10,6 +10,7 @@ from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_key_value import NatsKeyValue
 from mell_shared.nats_server import NatsServer
 from tests.conftest import BusFactory
+from tests.shared.conftest import freeze
 
 WAIT_S = 10.0
 
@@ -20,7 +21,7 @@ async def test_a_broker_that_stands_still_costs_the_time_out(tmp_path: Path) -> 
         bus = await NatsBus.connect(server.url)
         store = NatsKeyValue(bus, "test", 60)
         await store.write("lease", b"1", 0, WAIT_S)
-        os.kill(server.pid, signal.SIGSTOP)
+        await freeze(server)
         with pytest.raises(KeyValueError, match="in time"):
             await store.read("lease", 0.05)
         os.kill(server.pid, signal.SIGCONT)
