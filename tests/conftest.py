@@ -4,9 +4,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
+
+# Wall-clock limits on examples fail on a busy machine and say nothing about the code.
+settings.register_profile("mell", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mell")
 
 BusFactory = Callable[[], Awaitable[NatsBus]]
 

@@ -19,7 +19,7 @@ from tests.shared.messages import ADAPTERS, MESSAGES, messages_of
 
 every_message = pytest.mark.parametrize("model", MESSAGES, ids=lambda model: model.__name__)
 every_door = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=list(ADAPTERS))
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=12)
 
 values = st.recursive(
     st.none()
@@ -93,7 +93,7 @@ def test_the_previous_release_s_messages_lack_only_fields_with_defaults(model: t
     """A message of required fields alone is accepted: a new field needs a default, or a new protocol number."""
     needed = {name: field for name, field in model.model_fields.items() if field.is_required()}
 
-    @settings(max_examples=5, deadline=None)
+    @settings(max_examples=5)
     @given(messages_of(model))
     def check(message: BaseModel) -> None:
         full = message.model_dump()
@@ -105,7 +105,7 @@ def test_the_previous_release_s_messages_lack_only_fields_with_defaults(model: t
 
 
 @every_door
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=200) | values.map(raw))
 def test_random_bytes_are_an_invalid_message_or_a_message(adapter: TypeAdapter[Any], data: bytes) -> None:
     """Whatever arrives, decoding returns a message or raises `InvalidMessageError`, and nothing else."""

@@ -76,14 +76,14 @@ faults_of_all_kinds = st.builds(
 seeds = st.integers(0, 2**32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds, faults_of_all_kinds)
 def test_a_seed_fixes_the_run(seed: int, faults: Faults) -> None:
     """The same seed and faults give the same arrivals, at the same times, in the same order."""
     assert run_virtually(traffic(seed, faults)) == run_virtually(traffic(seed, faults))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, delays, chances)
 def test_order_holds_within_subject_and_publisher(seed: int, delay: list[int], loss: float) -> None:
     """Whatever is delayed or lost, what arrives of one publisher on one subject arrives once and in order."""
@@ -94,7 +94,7 @@ def test_order_holds_within_subject_and_publisher(seed: int, delay: list[int], l
             assert numbers == sorted(set(numbers))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, delays, st.sampled_from([0.0, 0.5]))
 def test_delays_are_honoured(seed: int, delay: list[int], duplicate: float) -> None:
     """Nothing arrives before its least delay, and without copies nothing later than the longest."""
@@ -106,7 +106,7 @@ def test_delays_are_honoured(seed: int, delay: list[int], duplicate: float) -> N
             assert duplicate or waited_us <= delay[1] + 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds, faults_of_all_kinds)
 def test_loss_and_copies_are_honoured(seed: int, faults: Faults) -> None:
     """Nothing is lost at chance 0, all at 1; copies come only where they are wanted, and only of what was sent."""
