@@ -1,6 +1,7 @@
 """Fixtures for every area: a real broker for the session, and buses that are closed when their test ends."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
@@ -26,13 +27,11 @@ def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer
 @pytest_asyncio.fixture
 async def connect_bus(nats_server: NatsServer) -> AsyncIterator[BusFactory]:
     """Make connections to the session's server; they are closed, and their handlers' failures raised, at the end."""
-    buses: list[NatsBus] = []
+    async with AsyncExitStack() as stack:
 
-    async def connect() -> NatsBus:
-        bus = await NatsBus.connect(nats_server.url, name="test")
-        buses.append(bus)
-        return bus
+        async def connect() -> NatsBus:
+            bus = await NatsBus.connect(nats_server.url, name="test")
+            stack.push_async_callback(bus.close)
+            return bus
 
-    yield connect
-    for bus in buses:
-        await bus.close()
+        yield connect
