@@ -14,7 +14,8 @@ _WEIGHT_ONE = float(1 << 40)
 _ID_BITS = 22
 _ID_MASK = (1 << _ID_BITS) - 1
 _FIRST_CANDIDATES = 512
-"""How many of the likeliest tokens are sorted at first; if they do not reach far enough, all are."""
+_CANDIDATE_GROWTH = 8
+"""How many of the likeliest tokens are sorted at first; rows that they do not reach far enough for sort more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,25 @@ def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 
-def _draw_cut(weights: torch.Tensor, params: DrawParams) -> torch.Tensor:
+def _draw_cut(weights: torch.Tensor, params: DrawParams, candidates: int = _FIRST_CANDIDATES) -> torch.Tensor:
     vocab = weights.shape[-1]
     ids = torch.arange(vocab, device=weights.device)
     keys = (weights << _ID_BITS) | (_ID_MASK - ids)
     limit = torch.where(params.top_k > 0, params.top_k, vocab).clamp_(max=vocab)
-    count = min(vocab, max(_FIRST_CANDIDATES, int(params.top_k.max())))
+    count = min(vocab, max(candidates, int(params.top_k.max())))
     kept, complete = _kept(keys.topk(count).values, weights, limit, params)
-    if not complete:
-        kept, _ = _kept(keys.sort(descending=True).values, weights, limit, params)
     chosen = _invert(kept >> _ID_BITS, params.uniform)
-    return _ID_MASK - (kept.gather(1, chosen[:, None])[:, 0] & _ID_MASK)
+    tokens = _ID_MASK - (kept.gather(1, chosen[:, None])[:, 0] & _ID_MASK)
+    short = (~complete).nonzero()[:, 0]
+    if count < vocab and len(short):
+        tokens[short] = _draw_cut(weights[short], params.rows(short), candidates * _CANDIDATE_GROWTH)
+    return tokens
 
 
 def _kept(
     keys: torch.Tensor, weights: torch.Tensor, limit: torch.Tensor, params: DrawParams
-) -> tuple[torch.Tensor, bool]:
-    """Return the keys with the weights of tokens that are cut off set to 0, and whether no further token is kept."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys, 0 for the weights of tokens cut off, and for each row whether no further token is kept."""
     ranked = keys >> _ID_BITS
     rank = torch.arange(keys.shape[-1], device=keys.device)
     ranked = torch.where(rank < limit[:, None], ranked, 0)
@@ -87,4 +90,4 @@ def _kept(
     kept = below & (ranked >= least[:, None])
     last = ranked[:, -1]
     done = (cumulative[:, -1] >= params.top_p * total) | (last < least) | (last == 0)
-    return torch.where(kept & (ranked > 0), keys, keys & _ID_MASK), bool(done.all())
+    return torch.where(kept & (ranked > 0), keys, keys & _ID_MASK), done

@@ -1,6 +1,7 @@
 """Builds the engine that the options name; imports only that one, so that `fake` needs no torch."""
 
 from mell_gpu_worker.engine.base import Engine
+from mell_gpu_worker.engine.openmp import wait_politely
 from mell_gpu_worker.engine.options import EngineOptions
 
 
@@ -10,6 +11,7 @@ def make_engine(options: EngineOptions) -> Engine:
         from mell_gpu_worker.engine.fake import FakeEngine  # noqa: PLC0415 (each engine imports only what it needs)
 
         return FakeEngine(options)
+    wait_politely()
     from mell_gpu_worker.engine.torch_engine import load_torch_engine  # noqa: PLC0415 (torch takes seconds to import)
 
     return load_torch_engine(options)
