@@ -141,6 +141,22 @@ async def test_an_engine_that_cannot_be_built_says_why_in_one_line(nats_server: 
     assert "the fake engine runs on the CPU" in lines[0]
 
 
+@pytest.mark.connected
+async def test_a_worker_whose_broker_died_still_stops_cleanly(tmp_path: Path) -> None:
+    """Nobody can be told anything; it notices, waits no longer than it would for silent frontends, and exits 0."""
+    with NatsServer(tmp_path) as server:
+        frontend = SmallFrontend(await NatsBus.connect(server.url))
+        await frontend.start()
+        slow = ("--fake-step-us", "20000", "--stop-deadline-s", "0.2")
+        async with worker_process(*FAKE, "--nats-url", server.url, *slow) as process:
+            await frontend.submit(await frontend.worker(), submit("a", max_tokens=10_000))
+            server.kill()
+            await logged(process, "connection_lost")
+            process.send_signal(signal.SIGTERM)
+            assert await exit_of(process) == (0, [])
+        await frontend.bus.close()
+
+
 async def test_a_worker_told_to_stop_while_it_loads_does_stop(nats_server: NatsServer) -> None:
     """Loading may take minutes; SIGTERM ends it at once, with exit code 0."""
     async with worker_process(*FAKE, "--nats-url", nats_server.url, program=("-c", SLOW_TO_LOAD)) as process:
