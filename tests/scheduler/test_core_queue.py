@@ -269,3 +269,19 @@ def test_requests_far_back_are_not_tried() -> None:
     script.ask("small", 16, 1)
     script.up("b", kv_blocks=2)
     assert replies(script.wait(0.8)) == {"large": queued(0), "small": queued(1)}
+
+
+def test_a_request_between_two_asks_is_not_overtaken_by_its_like() -> None:
+    """The moment between a `Queued` reply and the repeat must not cost a request its turn; smaller ones may pass."""
+    script = Script(queue_hold_us=SECOND // 2)
+    script.up("a", "b", "c")
+    for number in range(3):
+        script.ask(f"big{number}", 1_500, 16)
+    script.ask("head", 1_500, 16)
+    script.ask("second", 800, 16)
+    script.wait(0.3)
+    script.ask("third", 800, 16)
+    script.ask("small", 100, 16)
+    script.wait(0.2)
+    assert replies(script.finish("b", "big1")) == {"small": placed("b")}
+    assert replies(script.ask("second", 800, 16)) == {"second": placed("b")}

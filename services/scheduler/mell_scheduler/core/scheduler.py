@@ -1,8 +1,9 @@
 """`SchedulerCore`: one event in, commands out. Owns placement and the waiting queue; knows no bus, clock or lease.
 
 The queue's rule: a model's requests are tried in order (priority, time waited), and only one that somebody asks for
-right now is placed. The first that finds no room *claims* a worker: nothing behind it is placed there until the
-claimant is placed or gone. So later requests may use room elsewhere, and none can starve one before it.
+right now is placed. The first that is not placed *claims* a worker: nothing behind it is placed there until the
+claimant is placed or gone. So later requests may use room elsewhere if they are smaller than all that wait before
+them, and none can starve one before it.
 """
 
 from mell_scheduler.core.completions import Completions
@@ -210,14 +211,16 @@ class SchedulerCore:
         commands: list[Command] = []
         claimed: str | None = None
         unplaced_tokens: int | None = None
-        """The smallest that found no room, though every worker could hold it: larger ones need not be tried."""
+        """The smallest that found no room or is not asked for now: none as large is placed behind it."""
         for entry in self.waiting.first(name, self.settings.overtake_window):
             tokens = self.ledger.predicted_tokens(entry.request)
             worker = None
-            if entry.handle is not None and (unplaced_tokens is None or tokens < unplaced_tokens):
+            if unplaced_tokens is None or tokens < unplaced_tokens:
                 unfit = _unfit(entry.request, model)
-                worker = self._place(entry, {*model.closed, *unfit, claimed or ""})
-                unplaced_tokens = unplaced_tokens if worker or unfit else tokens
+                if entry.handle is not None:
+                    worker = self._place(entry, {*model.closed, *unfit, claimed or ""})
+                if entry.handle is None or (worker is None and not unfit):
+                    unplaced_tokens = tokens
             if worker is not None:
                 commands.append(self._reply(entry, Placed(worker=worker)))
                 self.waiting.remove(entry)
