@@ -7,6 +7,8 @@ from llguidance import LLMatcher, LLTokenizer
 from mell_shared.models import FAKE_EOS_ID
 
 _PRINTABLE = range(32, 127)
+_LINE_BREAK = 10
+"""Picked only where nothing else is allowed, as around the calls of functions."""
 _CLOSING = frozenset(b'"]}')
 _CLOSE_ONE_IN = 6
 """How often a string or list is closed where it could go on; else texts would seldom end."""
@@ -35,6 +37,8 @@ class ByteGrammars:
             return FAKE_EOS_ID
         mask = matcher.compute_bitmask()
         allowed = [token for token in _PRINTABLE if mask[token >> 3] & 1 << (token & 7)]
+        if not allowed and mask[_LINE_BREAK >> 3] & 1 << (_LINE_BREAK & 7):
+            allowed = [_LINE_BREAK]
         if not allowed:
             return "the grammar has no way on in printable characters"
         closing = [token for token in allowed if token in _CLOSING]
