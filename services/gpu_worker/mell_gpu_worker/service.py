@@ -16,6 +16,7 @@ from mell_gpu_worker.core.commands import (
     RunStep,
     SendEvicted,
 )
+from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.events import (
     CommandReceived,
     ConnectionLost,
@@ -29,7 +30,7 @@ from mell_gpu_worker.core.events import (
     StopRequested,
     TimePassed,
 )
-from mell_gpu_worker.core.worker import WorkerConfig, WorkerCore
+from mell_gpu_worker.core.worker import WorkerCore
 from mell_gpu_worker.engine.base import EngineSpec
 from mell_gpu_worker.engine_runner import EngineRunner
 from mell_gpu_worker.metrics import WorkerCounts

@@ -13,7 +13,7 @@ from mell_gpu_worker.core.events import (
     StopRequested,
     TimePassed,
 )
-from mell_gpu_worker.core.worker import Stage
+from mell_gpu_worker.core.farewell import Stage
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.frontend import StreamStatusReply
 from mell_shared.messages.scheduler import WorkerLeft
@@ -135,7 +135,7 @@ class WorkerMachine(RuleBasedStateMachine):
             if world.core.stage is Stage.GONE:
                 break
             world.tell(TimePassed(), after_us=SECOND_US)
-            for sequence in list(world.core._evictions._open):
+            for sequence in list(world.core._farewell.evictions._open):
                 world.tell(EvictionUnanswered(*sequence))
         assert world.core.stage is Stage.GONE, "the worker never ends"
         assert [type(c.message) for c in only(PublishEvent, world.commands)][-1] is WorkerLeft

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 from mell_gpu_worker.core.batching import Batcher, Progress
 from mell_gpu_worker.core.blocks import BlockPool, root_digest
 from mell_gpu_worker.core.commands import AskStatus, Command, PublishEvent, PublishTokens, Reply, RunStep
+from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.events import CommandReceived, Event, StepFinished
 from mell_gpu_worker.core.sequence import Limits, accept
 from mell_gpu_worker.core.sequence import Sequence as WorkerSequence
 from mell_gpu_worker.core.step import StepRow
-from mell_gpu_worker.core.worker import WorkerConfig, WorkerCore
+from mell_gpu_worker.core.worker import WorkerCore
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_shared.codec import decode, encode

@@ -1,0 +1,20 @@
+"""What a worker's core is built from: plain values, taken from its settings and its engine."""
+
+from dataclasses import dataclass
+
+from mell_shared.messages.scheduler import WorkerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What a worker's core is built from."""
+
+    spec: WorkerSpec
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_step_tokens: int
+    prefix_cache: bool
+    report_interval_us: int
+    status_interval_us: int
+    frontend_silence_us: int
+    stop_deadline_us: int
