@@ -1,15 +1,11 @@
-"""`SchedulerCore`: one event in, commands out. Owns placement and the waiting queue; knows no bus, clock or lease.
+"""`SchedulerCore`: one event in, commands out. Takes each event to whom it concerns; knows no bus, clock or lease."""
 
-The queue's rule: a model's requests are tried in order (priority, time waited), and only one that somebody asks for
-right now is placed. The first that is not placed *claims* a worker: nothing behind it is placed there until the
-claimant is placed or gone. So later requests may use room elsewhere if they are smaller than all that wait before
-them, and none can starve one before it.
-"""
-
+from mell_scheduler.core.admission import Admission
 from mell_scheduler.core.completions import Completions
+from mell_scheduler.core.dispatch import Dispatcher
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.liveness import Liveness
-from mell_scheduler.core.records import ModelRecord, WorkerRecord
+from mell_scheduler.core.records import WorkerRecord
 from mell_scheduler.core.values import (
     Announce,
     AskReport,
@@ -29,7 +25,6 @@ from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
     Placed,
-    PlaceReply,
     PlaceRequest,
     Queued,
     Rejected,
@@ -52,9 +47,8 @@ class SchedulerCore:
         self.waiting = WaitingQueue(settings.queue_hold_us, settings.queue_renew_us)
         self._liveness = Liveness(self.ledger, settings)
         self._completions = Completions()
-        self._claims: dict[str, tuple[str, str]] = {}
-        """Model -> the first waiting sequence that found no room, and the worker kept for it."""
-        self._started_us = now_us
+        self._admission = Admission(self.ledger, settings, now_us)
+        self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
         self._now_us = now_us
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
@@ -133,13 +127,17 @@ class SchedulerCore:
             return [Reply(handle, request.sequence, Queued(position=0))]
         commands: list[Command] = []
         if entry is not None and entry.handle is not None:
-            commands.append(self._reply(entry, Queued(position=self.waiting.position(entry))))
-        answer = self._placed_before(request) or self._refusal(request)
+            commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
+        answer = self._placed_before(request) or self._admission.refusal(request, self._now_us)
         if answer is None:
             return commands + self._queue(handle, request, entry)
         if entry is not None:
             self.waiting.remove(entry)
-        return [*commands, Reply(handle, request.sequence, answer), *self._serve(request.model)]
+        return [
+            *commands,
+            Reply(handle, request.sequence, answer),
+            *self._serve(request.model),
+        ]
 
     def _overtaken(self, request: PlaceRequest, entry: Waiting | None) -> bool:
         """Whether this ask came so late that its frontend has gone on to a newer generation."""
@@ -156,26 +154,6 @@ class SchedulerCore:
             return Placed(worker=record.worker.worker_id)
         self.ledger.supersede(record)
         return None
-
-    def _refusal(self, request: PlaceRequest) -> Rejected | None:
-        """Why a request can never be placed, as far as is known; None while that may still change."""
-        now_us, settings = self._now_us, self.settings
-        settled = now_us >= self._started_us + 2 * settings.report_interval_us
-        model = self.ledger.models.get(request.model)
-        if model is not None and model.workers:
-            return _too_large(request, model) if settled else None
-        since_us = self._started_us if model is None else max(self._started_us, model.absent_since_us)
-        if not settled or now_us < since_us + settings.worker_grace_us:
-            return None
-        return self._absent(request)
-
-    def _absent(self, request: PlaceRequest) -> Rejected:
-        served = [name for name, model in self.ledger.models.items() if model.workers]
-        if served:
-            known = ", ".join(sorted(served))
-            return Rejected(reason="unknown_model", message=f"no worker serves {request.model!r}; served: {known}")
-        retry_after_s = max(1.0, self.settings.worker_grace_us / 1_000_000)
-        return Rejected(reason="no_worker", message="no worker is up", retry_after_s=retry_after_s)
 
     def _queue(self, handle: str, request: PlaceRequest, entry: Waiting | None) -> list[Command]:
         """Let a request wait in its place, and serve the queue: it may be its turn at once."""
@@ -197,72 +175,11 @@ class SchedulerCore:
         retry_after_s = self._completions.retry_after_s(limit, self._now_us)
         full = Rejected(reason="queue_full", message=f"{limit} requests wait already", retry_after_s=retry_after_s)
         self.waiting.remove(last)
-        told: list[Command] = [] if last.handle is None else [self._reply(last, full)]
+        told: list[Command] = [] if last.handle is None else [last.answer(full)]
         return told + self._serve(last.request.model)
 
-    # --- the queue
-
-    def _serve(self, name: str) -> list[Command]:
-        """Place what now finds room of a model's first waiting requests; the first that does not claims a worker."""
-        model = self.ledger.models.get(name)
-        if model is None or not model.workers:
-            self._claims.pop(name, None)
-            return []
-        commands: list[Command] = []
-        claimed: str | None = None
-        unplaced_tokens: int | None = None
-        """The smallest that found no room or is not asked for now: none as large is placed behind it."""
-        for entry in self.waiting.first(name, self.settings.overtake_window):
-            tokens = self.ledger.predicted_tokens(entry.request)
-            worker = None
-            if unplaced_tokens is None or tokens < unplaced_tokens:
-                unfit = _unfit(entry.request, model)
-                if entry.handle is not None:
-                    worker = self._place(entry, {*model.closed, *unfit, claimed or ""})
-                if entry.handle is None or (worker is None and not unfit):
-                    unplaced_tokens = tokens
-            if worker is not None:
-                commands.append(self._reply(entry, Placed(worker=worker)))
-                self.waiting.remove(entry)
-            elif claimed is None:
-                claimed = self._claim(entry, model)
-        if claimed is None:
-            self._claims.pop(name, None)
-        return commands
-
-    def _place(self, entry: Waiting, barred: set[str]) -> str | None:
-        """The worker for a request that is asked for now; None if there is no room."""
-        request = entry.request
-        record = self.ledger.sequences.get(request.sequence)
-        runs = record is not None and record.generation >= request.generation
-        if record is not None and runs and record.worker.worker_id not in request.excluded:
-            return record.worker.worker_id  # a report says so: an earlier leader placed it
-        worker = self.ledger.place(request, barred, self._now_us + self.settings.submit_timeout_us)
-        return None if worker is None else worker.worker_id
-
-    def _claim(self, entry: Waiting, model: ModelRecord) -> str:
-        """The worker kept for the first in line, "" if none could take it. Kept until it is of no use any more.
-
-        Chosen once, as the one with the most free blocks: a claim that wandered with every report would let each
-        worker fill up again in its turn.
-        """
-        unfit = _unfit(entry.request, model)
-        sequence = entry.request.sequence
-        claimant, kept = self._claims.get(model.name, ("", ""))
-        if claimant == sequence and kept not in unfit and kept in model.workers and model.workers[kept].usable:
-            return kept
-        usable = [worker for name, worker in model.workers.items() if name not in unfit and worker.usable]
-        if not usable:
-            self._claims.pop(model.name, None)
-            return ""
-        best = max(usable, key=self.ledger.free_blocks)
-        self._claims[model.name] = (sequence, best.worker_id)
-        return best.worker_id
-
-    def _reply(self, entry: Waiting, reply: PlaceReply) -> Reply:
-        assert entry.handle is not None, "somebody asks"
-        handle, entry.handle = entry.handle, None
-        return Reply(handle, entry.request.sequence, reply)
+    def _serve(self, model: str) -> list[Command]:
+        return self._dispatcher.serve(model, self._now_us)
 
     # --- time
 
@@ -276,12 +193,12 @@ class SchedulerCore:
         for model in dict.fromkeys(changed):
             commands += self._serve(model)
         for entry in self.waiting.held_too_long(self._now_us):
-            commands.append(self._reply(entry, Queued(position=self.waiting.position(entry))))
+            commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
         return commands
 
     def _ended(self) -> list[Command]:
         """Whoever waits asks again at once, and so reaches the next leader."""
-        return [self._reply(entry, Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
+        return [entry.answer(Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
 
     # --- proof
 
@@ -290,34 +207,7 @@ class SchedulerCore:
         self.ledger.check()
         self.waiting.check()
         assert len(self.waiting) <= self.settings.queue_limit, "the queue is over its bound"
-        for name, (sequence, worker) in self._claims.items():
-            entry = self.waiting.get(sequence)
-            assert entry is not None, "a claim outlived its claimant"
-            assert entry.request.model == name
-            assert self.ledger.models[name].workers[worker].usable, "a claim on a worker that takes nothing"
-
-
-def _total_tokens(request: PlaceRequest) -> int:
-    """What the request needs room for in the end; without an output limit, for one token at least."""
-    return request.prompt_tokens + (request.max_output_tokens or 1)
-
-
-def _too_large(request: PlaceRequest, model: ModelRecord) -> Rejected | None:
-    limit = model.limit_tokens
-    total = _total_tokens(request)
-    if total <= limit:
-        return None
-    message = f"{total} tokens of prompt and output; no worker of {model.name!r} holds more than {limit}"
-    return Rejected(reason="too_large", message=message, limit_tokens=limit)
-
-
-def _unfit(request: PlaceRequest, model: ModelRecord) -> list[str]:
-    """Workers that must not get this request: they refused it, or could never hold it."""
-    total = _total_tokens(request)
-    if total <= model.least_total_tokens:
-        return list(request.excluded)
-    small = [name for name, worker in model.workers.items() if worker.spec.max_total_tokens < total]
-    return [*request.excluded, *small]
+        self._dispatcher.check()
 
 
 def _changes(worker: WorkerRecord, report: WorkerReport) -> list[Command]:

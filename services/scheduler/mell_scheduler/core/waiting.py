@@ -2,8 +2,8 @@
 
 from bisect import bisect_left, insort
 
-from mell_scheduler.core.values import Handle
-from mell_shared.messages.scheduler import PlaceRequest
+from mell_scheduler.core.values import Handle, Reply
+from mell_shared.messages.scheduler import PlaceReply, PlaceRequest
 
 _MOST_WAITED_US = 3_600_000_000
 _Key = tuple[int, int, int]
@@ -20,6 +20,12 @@ class Waiting:
         self.key = key
         self.hold_until_us = 0
         self.renewed_us = 0
+
+    def answer(self, reply: PlaceReply) -> Reply:
+        """Answer the ask that is held; only once for each."""
+        assert self.handle is not None, "somebody asks"
+        handle, self.handle = self.handle, None
+        return Reply(handle, self.request.sequence, reply)
 
 
 class WaitingQueue:
