@@ -87,6 +87,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": "5"}, "max_tokens"),
     ({"max_completion_tokens": 2**40}, "max_completion_tokens"),
     ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -285,7 +286,10 @@ async def test_templates_that_refuse(tmp_path_factory: pytest.TempPathFactory, c
     root = tmp_path_factory.mktemp("models")
     folders.save(root / "refusing", folders.byte_level(), template=refusing)
     folders.save(root / "base", folders.byte_level(), template=None)
-    client = connect(models=["refusing", "base"], model_dir=root)
+    folders.save(root / "silent", folders.byte_level(), template="{{ '' }}")
+    client = connect(models=["refusing", "base", "silent"], model_dir=root)
+    error = checked(await client.post(CHAT, json={**ASK, "model": "silent"}), 400, "messages")
+    assert error["code"] == "empty_prompt"
     error = checked(await client.post(CHAT, json={**ASK, "model": "refusing"}), 400, "messages")
     assert "roles must alternate" in error["message"]
     error = checked(await client.post(CHAT, json={**ASK, "model": "refusing", "tools": [TOOL]}), 400, "tools")

@@ -54,7 +54,7 @@ class ChatTemplate:
             return template.render(
                 {**self._special_tokens, "add_generation_prompt": add_generation_prompt, **variables, **known}
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateFaultError(str(error)) from error
 
 

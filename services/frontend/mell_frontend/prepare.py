@@ -154,6 +154,9 @@ def _check_limits(request: SamplingRequest, model: ServedModel, settings: Fronte
         raise bad_request(message, "logit_bias", "invalid_value")
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options", "invalid_value")
+    if request.output_limit is not None and request.min_tokens > request.output_limit:
+        message = f"min_tokens is more than the output limit of {request.output_limit} tokens."
+        raise bad_request(message, "min_tokens", "invalid_value")
     check_ids(model, list(request.logit_bias), "logit_bias")
     check_ids(model, request.stop_token_ids, "stop_token_ids")
 

@@ -37,11 +37,6 @@ class CompletionRequest(SamplingRequest):
     add_special_tokens: bool = True
 
     @property
-    def output_limit(self) -> int | None:
-        """The output limit in tokens."""
-        return self.max_tokens
-
-    @property
     def several(self) -> bool:
         """Whether the prompt is a list of prompts."""
         return isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)

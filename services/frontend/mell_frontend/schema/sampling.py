@@ -86,6 +86,11 @@ class SamplingRequest(ApiModel):
     service_tier: Any = None
 
     @property
+    def output_limit(self) -> int | None:
+        """The output limit in tokens."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however they were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
