@@ -54,5 +54,5 @@ def unfit_workers(request: PlaceRequest, model: ModelRecord) -> list[str]:
     total = _total_tokens(request)
     if total <= model.least_total_tokens:
         return list(request.excluded)
-    small = [name for name, worker in model.workers.items() if worker.spec.max_total_tokens < total]
+    small = [name for name, worker in model.workers.items() if worker.max_total_tokens < total]
     return [*request.excluded, *small]

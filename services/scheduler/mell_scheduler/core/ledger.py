@@ -139,7 +139,8 @@ class Ledger:
             if generation < record.generation or record.number == worker.number:
                 return None
             record.generation = generation
-            self._pending.pop(sequence, None)
+            if record.pending_until_us is not None:
+                del self._pending[sequence]
             return record
         if record is not None:
             if generation <= record.generation:

@@ -45,25 +45,31 @@ class SequenceRecord:
         if self.number >= 0:
             gain = max(0, tokens - self.tokens) // (report_number - self.number)
             # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
-            self.growth_tokens = min(growth_limit, max(gain, self.growth_tokens - (self.growth_tokens + 3) // 4, 1))
+            decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
+            self.growth_tokens = min(growth_limit, max(gain, decayed, 1))
         self.number, self.tokens, self.blocks = report_number, tokens, blocks
         self.pending_until_us = None
         self.size_blocks = max(blocks, self._predicted_blocks())
         return gain
 
     def _predicted_blocks(self) -> int:
-        spec = self.worker.spec
-        cap = min(spec.max_total_tokens, self.cap_tokens or spec.max_total_tokens)
-        predicted = max(self.tokens, min(self.tokens + self.growth_tokens, cap))
-        return -(-predicted // spec.block_tokens)
+        worker, predicted = self.worker, self.tokens + self.growth_tokens
+        cap = self.cap_tokens
+        if cap is None or cap > worker.max_total_tokens:
+            cap = worker.max_total_tokens
+        if predicted > cap:
+            predicted = max(cap, self.tokens)
+        return -(-predicted // worker.block_tokens)
 
 
 class WorkerRecord:
     """One worker incarnation as its join, its last report and the placements since then describe it."""
 
     __slots__ = (
+        "block_tokens",
         "draining",
         "heard_us",
+        "max_total_tokens",
         "number",
         "other_blocks",
         "pool",
@@ -80,6 +86,8 @@ class WorkerRecord:
 
     def __init__(self, spec: WorkerSpec, pool: str, now_us: int) -> None:
         self.spec = spec
+        self.block_tokens = spec.block_tokens
+        self.max_total_tokens = spec.max_total_tokens
         self.pool = pool
         """Name of the interchangeable workers it belongs to in the policy: same model, same block size."""
         self.heard_us = now_us
@@ -161,8 +169,8 @@ class ModelRecord:
 
     def recount(self) -> None:
         """Derive the limits anew after a worker came, went, or changed its mind about draining."""
-        every = [worker.spec.max_total_tokens for worker in self.workers.values()]
-        staying = [worker.spec.max_total_tokens for worker in self.workers.values() if not worker.draining]
+        every = [worker.max_total_tokens for worker in self.workers.values()]
+        staying = [worker.max_total_tokens for worker in self.workers.values() if not worker.draining]
         self.limit_tokens = max(staying or every, default=0)
         self.least_total_tokens = min(every, default=0)
 
