@@ -261,6 +261,16 @@ def test_output_that_a_grammar_cannot_go_on_from_fails_its_row_alone(output: lis
     assert "grammar" in result.failed[0]
 
 
+@pytest.mark.parametrize(("text", "token"), [(r"start: /\n/", 10), (r"start: /[\x01]/", None)])
+def test_unprintable_text_is_only_a_line_break_that_the_grammar_demands(text: str, token: int | None) -> None:
+    """Where only a line break is allowed it comes; where only control characters are, the row fails."""
+    row = StepRow("s", PROMPT, len(PROMPT), 0, len(PROMPT), range(32), sampling(grammar=Grammar(text=text)))
+    result = FakeEngine(options()).execute([row])
+    (sampled,) = result.sampled
+    assert (None if sampled is None else sampled.token_id) == token
+    assert list(result.failed) == ([] if token else [0])
+
+
 def test_a_grammar_that_is_none_is_refused_with_its_fault() -> None:
     """A request with it gets a reason, not wrong text."""
     assert "Expected" in (FakeEngine(options()).check_grammar("garbage {{") or "")
