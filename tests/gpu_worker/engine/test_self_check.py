@@ -45,7 +45,7 @@ def test_attention_of_another_kind_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Attention without the model's soft-cap, sinks, window or scaling is refused at load."""
-    attend = reference_attention.ReferenceAttention.attend
+    attend: Any = reference_attention.ReferenceAttention.attend
 
     def other(self: Any, *arguments: Any) -> torch.Tensor:
         *rest, kind = arguments

@@ -9,7 +9,7 @@ from mell_gpu_worker.engine.support import load_config, refuse_unsupported
 from tests.gpu_worker.engine.conftest import MakeEngine
 from tests.gpu_worker.engine.families import FAMILIES, WINDOW, make_config
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": ({"model_type": "falcon"}, "_supports_attention_backend"),
     "gptj": ({"model_type": "gptj"}, "_supports_attention_backend"),
     "bloom": ({"model_type": "bloom"}, "_supports_attention_backend"),
