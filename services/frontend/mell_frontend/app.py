@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -24,6 +24,7 @@ from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.metrics import FrontendMetrics
+from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
 from mell_frontend.record import RequestRecord
@@ -66,7 +67,8 @@ def create_app(
     """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`."""
     clock = clock or SystemClock()
     api = _Api(settings, gateway, models, clock)
-    site = FastAPI(title="Mell", version=version("mell"), redoc_url=None, summary="OpenAI-compatible inference")
+    # Its own page of documentation would load scripts from another host.
+    site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
     _add_error_handlers(site)
@@ -231,6 +233,10 @@ def _add_probes(site: FastAPI, gateway: Gateway, registry: CollectorRegistry) ->
     async def show_version() -> dict[str, str]:
         return {"version": version("mell")}
 
+    @site.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(openapi_page(site.openapi()))
+
     @site.get("/metrics", summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -282,7 +288,7 @@ def _routing_error(request: Request, error: HTTPException, paths: Sequence[str])
 def _openapi(site: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document, with the bodies that the routes read by themselves."""
     if site.openapi_schema is None:
-        document = get_openapi(title=site.title, version=site.version, summary=site.summary, routes=site.routes)
+        document = get_openapi(title=site.title, version=site.version, routes=site.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for path, model in _BODIES.items():
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
