@@ -11,7 +11,8 @@ from mell_shared.messages.sampling import FinishReason
 class PlaceRequest(Message):
     """A frontend asks where a sequence should run; idempotent by (sequence, generation), never the prompt itself.
 
-    `max_output_tokens` None means as many as fit. `waited_s` rebuilds the queue's order after a failover.
+    `max_output_tokens` None means as many as fit. A higher `priority` is placed sooner, whoever waited longer.
+    `waited_s` rebuilds the queue's order after a failover.
     `excluded` names workers that refused or lost this sequence just now.
     """
 
