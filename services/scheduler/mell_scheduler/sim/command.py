@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Annotated
@@ -15,10 +17,28 @@ from mell_scheduler.policy import POLICY_NAMES, PolicySettings
 from mell_scheduler.sim.hardware import HardwareError, capacity_tokens
 from mell_scheduler.sim.html import as_html
 from mell_scheduler.sim.memory import DecisionLog, MemorySettings
-from mell_scheduler.sim.report import as_table
+from mell_scheduler.sim.report import Report, as_table
 from mell_scheduler.sim.requests import Scaling
+from mell_scheduler.sim.roofline import Roofline
 from mell_scheduler.sim.simulate import DEFAULT_POLICIES, Simulation, simulate
+from mell_scheduler.sim.simulate_timed import TimedSimulation, as_timed_table, simulate_timed
+from mell_scheduler.sim.timed import Slo, TimedSettings
 from mell_scheduler.sim.trace import TraceError
+
+
+class Mode(StrEnum):
+    """What is simulated."""
+
+    MEMORY = "memory"
+    TIMED = "timed"
+
+
+class Switch(StrEnum):
+    """A flag that reads on or off."""
+
+    ON = "on"
+    OFF = "off"
+
 
 _POSITIVE = 1e-9
 
@@ -37,6 +57,19 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     gpu: Annotated[str, typer.Option(help="GPU, for the capacity, by name.")] = "a100-40",
     gpus_per_instance: Annotated[int, typer.Option(min=1, help="GPUs that one model instance spans.")] = 1,
     decode_tokens_per_s: Annotated[float, typer.Option(min=_POSITIVE, help="Growth of each running request.")] = 20.0,
+    mode: Annotated[Mode, typer.Option(help="memory: the paper's; timed: with latency.")] = Mode.MEMORY,
+    equal_slo: Annotated[
+        bool, typer.Option("--equal-slo", help="Timed: search head-room and spares at equal objectives.")
+    ] = False,
+    slo: Annotated[
+        str, typer.Option(help="Timed: TTFT, TPOT and p99 gap objectives, as multiples of the unloaded values.")
+    ] = "5,1.5,5",
+    spares: Annotated[int, typer.Option(min=0, help="Timed: warm GPUs kept beside those wanted.")] = 1,
+    gpu_start_s: Annotated[float, typer.Option(min=0.0, help="Timed: how long a GPU takes to start.")] = 30.0,
+    link_gbit_per_s: Annotated[float, typer.Option(min=_POSITIVE, help="Timed: each instance's link.")] = 10.0,
+    prefix_cache: Annotated[
+        Switch, typer.Option(help="Timed: reuse equal prefixes that the trace's hash_ids name.")
+    ] = Switch.ON,
     epoch_s: Annotated[float, typer.Option(min=0.01, help="Time between two plans of moves.")] = 1.0,
     move_s: Annotated[float, typer.Option(min=0.0, help="Time a move holds memory at both ends.")] = 0.0,
     head_room: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a GPU arrivals leave free.")] = 0.0,
@@ -53,26 +86,105 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Replay a trace and show how many GPUs each policy would need, with which moves."""
     console = Console()
     try:
-        capacity = capacity_tokens_ or capacity_tokens(model, gpu, gpus_per_instance)
-        simulation = Simulation(
-            trace=trace,
-            memory=MemorySettings(capacity, decode_tokens_per_s, epoch_s, move_s),
-            policies=_policies(policy),
-            scaling=Scaling(time_scale, length_scale, copies, seed),
-            warmup_s=warmup_s,
-            until_s=until_s,
-            policy_settings=PolicySettings(head_room=head_room),
-        )
-        with _decision_log(save_decisions) as log, _progress(console) as progress:
-            report = simulate(simulation, perf_counter_ns, progress, log)
-        console.print(as_table(report))
-        if json_ is not None:
-            json_.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-        if html is not None:
-            html.write_text(as_html(report))
+        common = _Common(trace, _policies(policy), Scaling(time_scale, length_scale, copies, seed), warmup_s, until_s)
+        common = replace(common, settings=PolicySettings(head_room=head_room))
+        outputs = _Outputs(json_, html, save_decisions)
+        if mode is Mode.TIMED:
+            timed = TimedSettings(
+                _roofline(model, gpu, gpus_per_instance, capacity_tokens_),
+                slo=_slo(slo),
+                epoch_s=epoch_s,
+                gpu_start_s=gpu_start_s,
+                spares=spares,
+                link_bytes_per_s=link_gbit_per_s * 1e9 / 8,
+                prefix_cache=prefix_cache is Switch.ON,
+            )
+            _run_timed(console, common, timed, equal_slo, outputs)
+        else:
+            capacity = capacity_tokens_ or capacity_tokens(model, gpu, gpus_per_instance)
+            _run_memory(console, common, MemorySettings(capacity, decode_tokens_per_s, epoch_s, move_s), outputs)
     except (TraceError, HardwareError, OSError, ValueError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _run_memory(console: Console, common: "_Common", memory: MemorySettings, outputs: "_Outputs") -> None:
+    simulation = Simulation(
+        common.trace,
+        memory,
+        common.policies,
+        common.scaling,
+        common.warmup_s,
+        common.until_s,
+        common.settings,
+    )
+    with _decision_log(outputs.decisions) as log, _progress(console) as progress:
+        report = simulate(simulation, perf_counter_ns, progress, log)
+    console.print(as_table(report))
+    outputs.write(report.as_json(), report)
+
+
+def _run_timed(console: Console, common: "_Common", timed: TimedSettings, equal_slo: bool, outputs: "_Outputs") -> None:
+    if outputs.decisions is not None:
+        raise ValueError("--save-decisions works in memory mode only")
+    simulation = TimedSimulation(
+        common.trace,
+        timed,
+        common.policies,
+        common.scaling,
+        common.warmup_s,
+        common.until_s,
+        common.settings,
+        equal_slo,
+    )
+    with _progress(console) as progress:
+        report = simulate_timed(simulation, progress)
+    console.print(as_timed_table(report))
+    outputs.write(report.as_json(), report.report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What both modes take."""
+
+    trace: str
+    policies: tuple[str, ...]
+    scaling: Scaling
+    warmup_s: float
+    until_s: float | None
+    settings: PolicySettings = field(default_factory=PolicySettings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Files to write besides the table."""
+
+    json: Path | None
+    html: Path | None
+    decisions: Path | None
+
+    def write(self, figures: dict[str, object], report: Report) -> None:
+        """Those that were asked for."""
+        if self.json is not None:
+            self.json.write_text(json.dumps(figures, indent=2) + "\n")
+        if self.html is not None:
+            self.html.write_text(as_html(report))
+
+
+def _roofline(model: str, gpu: str, gpus: int, capacity: int | None) -> Roofline:
+    roofline = Roofline.of(model, gpu, gpus)
+    return roofline if capacity is None else replace(roofline, capacity_tokens=capacity)
+
+
+def _slo(text: str) -> Slo:
+    parts = text.split(",")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) != 3 or not all(1.0 <= value < 1e6 for value in values):
+        raise ValueError(f"--slo {text!r}: expected three multiples of at least 1, as 5,1.5,5")
+    return Slo(*values)
 
 
 def _policies(names: str) -> tuple[str, ...]:

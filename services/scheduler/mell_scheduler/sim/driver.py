@@ -15,6 +15,12 @@ class Driver(Protocol):
     def gpu_started(self, spec: GpuSpec, now_us: int) -> None:
         """A GPU is up and empty."""
 
+    def gpu_stopped(self, gpu_id: GpuId, now_us: int) -> None:
+        """An empty GPU was stopped."""
+
+    def gpus_wanted(self, queued_blocks: int) -> int:
+        """How many GPUs should be up, warm spares not counted."""
+
     def arrived(self, item: Item, now_us: int) -> GpuId | None:
         """Where a request goes now; None if nowhere."""
 
@@ -44,6 +50,16 @@ class PolicyDriver:
         """See `Driver`."""
         del now_us
         self.policy.add_gpu(spec)
+
+    def gpu_stopped(self, gpu_id: GpuId, now_us: int) -> None:
+        """See `Driver`."""
+        del now_us
+        lost = self.policy.remove_gpu(gpu_id)
+        assert not lost, "the simulator stopped a GPU that holds requests"
+
+    def gpus_wanted(self, queued_blocks: int) -> int:
+        """See `Driver`."""
+        return self.policy.gpus_wanted(queued_blocks=queued_blocks)
 
     def arrived(self, item: Item, now_us: int) -> GpuId | None:
         """See `Driver`."""

@@ -46,6 +46,25 @@ def load(trace: str, seed: int) -> Workload:
     return paper_workload(rate_per_s, seed)
 
 
+def prepare(trace: str, scaling: Scaling, capacity_tokens: int) -> Workload:
+    """Load and scale a trace, without what no GPU could hold; raises TraceError."""
+    workload = without_oversized(scaled(load(trace, scaling.seed), scaling), capacity_tokens)
+    if not workload.requests:
+        raise TraceError(
+            f"{workload.name}: every request is over the capacity of {capacity_tokens:,} tokens:"
+            " raise --capacity-tokens"
+        )
+    return workload
+
+
+def window_of(workload: Workload, warmup_s: float, until_s: float | None) -> Window:
+    """The window of a run; without `until_s` up to the last arrival. Raises TraceError if it is empty."""
+    end_s = until_s or workload.requests[-1].arrival_us / US_PER_S + 1.0
+    if warmup_s >= end_s:
+        raise TraceError(f"the warm-up of {warmup_s:g} s leaves nothing of {end_s:g} s: lower --warmup-s")
+    return Window(warmup_s, end_s)
+
+
 def bare_policy(name: str, settings: PolicySettings) -> Driver:
     """The policy alone, without the live core around it."""
     return PolicyDriver(make_policy(name, settings))
@@ -59,17 +78,9 @@ def simulate(
     make_driver: MakeDriver = bare_policy,
 ) -> Report:
     """Replay the trace against each policy; raises TraceError, ValueError for an unknown policy."""
-    workload = scaled(load(simulation.trace, simulation.scaling.seed), simulation.scaling)
-    workload = without_oversized(workload, simulation.memory.capacity_tokens)
-    if not workload.requests:
-        raise TraceError(
-            f"{workload.name}: every request is over the capacity of"
-            f" {simulation.memory.capacity_tokens:,} tokens: raise --capacity-tokens"
-        )
-    until_s = simulation.until_s or workload.requests[-1].arrival_us / US_PER_S + 1.0
-    window = Window(simulation.warmup_s, until_s)
-    if window.warmup_s >= window.until_s:
-        raise TraceError(f"the warm-up of {window.warmup_s:g} s leaves nothing of {until_s:g} s: lower --warmup-s")
+    workload = prepare(simulation.trace, simulation.scaling, simulation.memory.capacity_tokens)
+    window = window_of(workload, simulation.warmup_s, simulation.until_s)
+    until_s = window.until_s
     settings = replace(simulation.policy_settings, hold_both_ends=simulation.memory.move_s > 0)
     outcomes = {}
     for name in simulation.policies:

@@ -1,0 +1,107 @@
+"""Runs a workload against policies in timed mode: figures as in memory mode, and latency beside them."""
+
+from dataclasses import asdict, dataclass, field
+
+from rich.table import Table
+
+from mell_scheduler.policy import PolicySettings
+from mell_scheduler.sim.report import Outcome, Report, figures_of
+from mell_scheduler.sim.requests import Scaling
+from mell_scheduler.sim.simulate import MakeDriver, Progress, bare_policy, prepare, window_of
+from mell_scheduler.sim.slo import Found, Latency, Study, cheapest
+from mell_scheduler.sim.timed import TimedSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TimedSimulation:
+    """All that fixes a timed run's outcome."""
+
+    trace: str
+    timed: TimedSettings
+    policies: tuple[str, ...]
+    scaling: Scaling = field(default_factory=Scaling)
+    warmup_s: float = 0.0
+    until_s: float | None = None
+    policy_settings: PolicySettings = field(default_factory=PolicySettings)
+    equal_slo: bool = False
+    """Search head-room and spares for the fewest GPU-hours, for every policy the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedReport:
+    """Figures by policy, and latency by policy; `found` says with which setting, if it was searched."""
+
+    report: Report
+    latency: dict[str, Latency]
+    found: dict[str, Found | None]
+
+    def as_json(self) -> dict[str, object]:
+        """The report's JSON with one key more, `timed`."""
+        timed: dict[str, object] = {}
+        for name, latency in self.latency.items():
+            found = self.found.get(name)
+            chosen = {"head_room": found.head_room, "spares": found.spares} if found else None
+            timed[name] = {**asdict(latency), "chosen": chosen}
+        missed = [name for name, found in self.found.items() if found is None]
+        return {**self.report.as_json(), "timed": timed, "missed_objectives": missed}
+
+
+def simulate_timed(
+    simulation: TimedSimulation, progress: Progress | None = None, make_driver: MakeDriver = bare_policy
+) -> TimedReport:
+    """Replay the trace against each policy; raises TraceError, ValueError for an unknown policy."""
+    capacity = simulation.timed.roofline.capacity_tokens
+    workload = prepare(simulation.trace, simulation.scaling, capacity)
+    window = window_of(workload, simulation.warmup_s, simulation.until_s)
+    study = Study(workload, simulation.timed, window, make_driver)
+    outcomes, latencies, found = {}, {}, {}
+    for at, name in enumerate(simulation.policies):
+        settings, chosen = simulation.policy_settings, study
+        if simulation.equal_slo:
+            hit = found[name] = cheapest(study, name)
+            if hit is not None:
+                settings, chosen = PolicySettings(head_room=hit.head_room), study.with_spares(hit.spares)
+        run, latencies[name] = chosen.run(name, settings)
+        rejected = workload.excluded.get("over capacity", 0)
+        outcomes[name] = Outcome(figures_of(run.series, window, capacity, [], rejected), run.series)
+        if progress is not None:
+            progress("policies", at + 1.0, float(len(simulation.policies)))
+    report = Report(workload.name, _settings(simulation, window.until_s), capacity, workload.excluded, outcomes)
+    return TimedReport(report, latencies, found)
+
+
+def _settings(simulation: TimedSimulation, until_s: float) -> dict[str, object]:
+    values = asdict(simulation)
+    values.pop("policies")
+    values.pop("trace")
+    return {"mode": "timed", **values, "until_s": until_s}
+
+
+_COLUMNS = ("policy", "GPUs", "met", "TTFT p50", "p99", "TPOT p50", "p99", "moves/s", "preempt")
+
+
+def as_timed_table(timed: TimedReport) -> Table:
+    """One row per policy: GPU-hours per hour, share of requests that met the objectives, seconds and ms."""
+    caption = "met: requests within all objectives; TTFT in s, TPOT in ms"
+    missed = [name for name, found in timed.found.items() if found is None]
+    if missed:
+        caption += f"; no setting on the grid met 99%: {', '.join(missed)}"
+    table = Table(title=f"{timed.report.trace}: GPUs and latency", caption=caption, box=None, padding=(0, 1, 0, 0))
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for name, latency in timed.latency.items():
+        table.add_row(name, *_cells(latency))
+    return table
+
+
+def _cells(latency: Latency) -> tuple[str, ...]:
+    return (
+        f"{latency.gpu_hours:.2f}",
+        f"{latency.attainment:.1%}",
+        f"{latency.ttft_p50_s:.2f}",
+        f"{latency.ttft_p99_s:.2f}",
+        f"{1e3 * latency.tpot_p50_s:.1f}",
+        f"{1e3 * latency.tpot_p99_s:.1f}",
+        f"{latency.moves_per_s:.2f}",
+        f"{latency.preemptions:,}",
+    )
