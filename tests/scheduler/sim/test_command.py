@@ -124,3 +124,21 @@ def test_capacity_follows_from_names(app: typer.Typer, tmp_path: Path) -> None:
     assert isinstance(two, dict)
     assert abs(one["capacity_tokens"] - 12_170) < 10
     assert two["capacity_tokens"] > 50_000
+
+
+def test_timed_mode_shows_latency(app: typer.Typer, tmp_path: Path) -> None:
+    """Timed mode prints the share of requests within the objectives and adds latency to the JSON."""
+    file = tmp_path / "timed.json"
+    flags = ["paper:0.5", "--mode", "timed", "--until-s", "30", "--policy", "repack", "--json", str(file)]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.output
+    assert "TTFT" in result.output
+    assert set(json.loads(file.read_text())["timed"]["repack"]) >= {"attainment", "ttft_p99_s", "gpu_hours"}
+
+
+@pytest.mark.parametrize("slo", ["5", "a,b,c", "0.5,1,1"])
+def test_objectives_are_checked(app: typer.Typer, slo: str) -> None:
+    """Wrong objectives are named."""
+    result = CliRunner().invoke(app, ["paper:0.5", "--mode", "timed", "--slo", slo])
+    assert result.exit_code == 2
+    assert "expected three multiples" in result.stderr

@@ -61,7 +61,7 @@ class TimedRun:
     def __init__(self, workload: Workload, settings: TimedSettings, driver: Driver) -> None:
         self._requests = workload.requests
         self.settings = settings
-        self._driver = driver
+        self.driver = driver
         self._roofline = settings.roofline
         self._slow_s = settings.slo.gap * self._roofline.unloaded_tpot_s(1)
         self._growth = self._roofline.growth_blocks(settings.epoch_s + self._typical_move_s()) + 1
@@ -121,12 +121,12 @@ class TimedRun:
         """Place what waits, in order, as long as there is room."""
         while self._waiting:
             sequence = self._waiting[0]
-            gpu_id = self._driver.arrived(self._item(sequence), self._now_us)
+            gpu_id = self.driver.arrived(self._item(sequence), self._now_us)
             if gpu_id is None:
                 return
             engine = self._engines[gpu_id]
             if engine.used_blocks + blocks(sequence.context + 1) > self._roofline.capacity_blocks:
-                self._driver.finished(sequence.item_id, self._now_us)
+                self.driver.finished(sequence.item_id, self._now_us)
                 return
             self._waiting.popleft()
             engine.admit(sequence, max(sequence.arrival_s, self.now_s), self.settings.prefix_cache)
@@ -151,7 +151,7 @@ class TimedRun:
             self._engines[sequence.move.target].incoming.pop(sequence.item_id, None)
             self._flights.pop(sequence.item_id, None)
             sequence.move = None
-        self._driver.finished(sequence.item_id, self._now_us)
+        self.driver.finished(sequence.item_id, self._now_us)
 
     def _relieve(self, engine: Engine) -> None:
         """Drop an incoming move first, else preempt the latest: it will prefill anew, before all arrivals."""
@@ -173,11 +173,11 @@ class TimedRun:
             by_id.update((s.item_id, s) for s in here)
             if here:
                 sizes = [blocks(s.context + 1) for s in here]
-                self._driver.reported(engine.gpu_id, [s.item_id for s in here], sizes, self._now_us)
-        moves = self._driver.epoch(self._now_us)
+                self.driver.reported(engine.gpu_id, [s.item_id for s in here], sizes, self._now_us)
+        moves = self.driver.epoch(self._now_us)
         division = divide([self._candidate(m, by_id[m.item_id]) for m in moves], self._budgets(moves))
         for move in division.deferred:
-            self._driver.failed(move, self._now_us)
+            self.driver.failed(move, self._now_us)
         for transfer in division.transfers:
             self._start_move(by_id[transfer.move.item_id], transfer)
 
@@ -234,7 +234,7 @@ class TimedRun:
             sequence.ready_s = self.now_s + self.settings.stall_s
             sequence.slow_tokens += 1.0 if self.settings.stall_s > self._slow_s else 0.0
             target.decoding[sequence.item_id] = sequence
-        self._driver.committed(move, self._now_us)
+        self.driver.committed(move, self._now_us)
 
     def _abort(self, sequence: Sequence) -> None:
         move = sequence.move
@@ -242,7 +242,7 @@ class TimedRun:
         del self._engines[move.target].incoming[sequence.item_id]
         del self._flights[sequence.item_id]
         sequence.move = None
-        self._driver.failed(move, self._now_us)
+        self.driver.failed(move, self._now_us)
 
     # --- GPUs
 
@@ -253,11 +253,11 @@ class TimedRun:
             self._engines[engine.gpu_id] = engine
             limit_s = self.settings.slo.tpot * self._roofline.unloaded_tpot_s(1)
             spec = GpuSpec(engine.gpu_id, self._roofline.capacity_blocks, step=self._roofline.profile(limit_s))
-            self._driver.gpu_started(spec, self._now_us)
+            self.driver.gpu_started(spec, self._now_us)
 
     def _scale(self) -> None:
         queued = sum(blocks(s.context + 1) + self._growth for s in self._waiting)
-        wanted = self._driver.gpus_wanted(queued) + self.settings.spares
+        wanted = self.driver.gpus_wanted(queued) + self.settings.spares
         wanted = min(wanted, self.settings.max_gpus or wanted)
         for engine in self._engines.values():
             if not engine.empty:
@@ -269,7 +269,7 @@ class TimedRun:
         idle = [e for e in self._engines.values() if self.now_s - e.idle_since_s >= self.settings.idle_s]
         for engine in idle[: max(0, len(self._engines) + len(self._starting) - wanted)]:
             del self._engines[engine.gpu_id]
-            self._driver.gpu_stopped(engine.gpu_id, self._now_us)
+            self.driver.gpu_stopped(engine.gpu_id, self._now_us)
 
     def _sample(self) -> None:
         series, tally = self.series, self._tally
