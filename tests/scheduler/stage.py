@@ -1,6 +1,7 @@
 """Scheduler services on a bus in memory and in virtual time, with scripted workers and frontends around them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -8,7 +9,7 @@ from mell_scheduler.candidate import AlwaysLeads, Candidate
 from mell_scheduler.lease import Lease, LeaseSettings
 from mell_scheduler.service import Contest, SchedulerService
 from mell_scheduler.settings import SchedulerSettings
-from mell_shared.bus import Bus, Delivery
+from mell_shared.bus import Bus, BusClosedError, Delivery
 from mell_shared.clock import Clock
 from mell_shared.codec import decode, encode
 from mell_shared.memory_bus import MemoryBroker, MemoryBus
@@ -60,8 +61,9 @@ class ScriptedWorker:
         await self.tell(worker_report(self.spec, self.number, *self.rows))
 
     async def tell(self, event: Message) -> None:
-        """Publish an event to the schedulers."""
-        await self.bus.publish(self.subjects.scheduler_events, encode(event))
+        """Publish an event to the schedulers; while the bus is down it is lost."""
+        with contextlib.suppress(BusClosedError):
+            await self.bus.publish(self.subjects.scheduler_events, encode(event))
 
 
 async def place(bus: Bus, request: PlaceRequest, subjects: Subjects = SUBJECTS) -> PlaceReply:

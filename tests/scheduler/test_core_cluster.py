@@ -19,7 +19,7 @@ from mell_scheduler.core import (
     SchedulerCore,
     Tick,
 )
-from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.policy import POLICY_NAMES, PolicySettings, make_policy
 from mell_shared.messages.scheduler import Placed, Queued, SequenceFinished, WorkerJoined
 from tests.scheduler.script import SECOND, place_request, worker_report, worker_spec
 
@@ -67,12 +67,12 @@ class Box:
 class Cluster:
     """An agenda of what happens when; the core is called as the service would call it."""
 
-    def __init__(self, seed: int, boxes: int, kv_blocks: int) -> None:
+    def __init__(self, seed: int, boxes: int, kv_blocks: int, policy_name: str = "best-fit") -> None:
         self.random = random.Random(seed)
         self.now_us = 0
         self.agenda: list[tuple[int, int, Callable[[], None]]] = []
         self.count = 0
-        policy = make_policy("best-fit", PolicySettings(head_room=0.1))
+        policy = make_policy(policy_name, PolicySettings(head_room=0.1))
         self.core = SchedulerCore(policy, CoreSettings(), 0)
         self.boxes = {f"w{number}": Box(f"w{number}", kv_blocks) for number in range(boxes)}
         self.jobs: dict[str, Job] = {}
@@ -198,9 +198,9 @@ class Cluster:
         self.ask(job)
 
 
-def busy_cluster(seed: int, jobs: int, per_s: float) -> Cluster:
+def busy_cluster(seed: int, jobs: int, per_s: float, policy: str = "best-fit") -> Cluster:
     """Four workers of 100 blocks, and Poisson arrivals of mixed sizes, some of nearly a whole worker."""
-    cluster = Cluster(seed, boxes=4, kv_blocks=100)
+    cluster = Cluster(seed, 4, 100, policy)
     at_s = 2.0
     for number in range(jobs):
         at_s += cluster.random.expovariate(per_s)
@@ -257,3 +257,14 @@ def test_the_same_seed_gives_the_same_commands() -> None:
         cluster.run(60 * SECOND)
         runs.append(cluster.transcript)
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_policy_can_place(policy: str) -> None:
+    """The core works with each, and none of them places what does not fit."""
+    cluster = busy_cluster(5, jobs=80, per_s=8.0, policy=policy)
+    cluster.run(30 * SECOND)
+    cluster.core.check()
+    cluster.run(200 * SECOND)
+    assert all(job.done_us for job in cluster.jobs.values())
+    assert cluster.refusals == 0
