@@ -47,7 +47,7 @@ def test_attention_of_another_kind_is_found(
     """Attention without the model's soft-cap, sinks, window or scaling is refused at load."""
     attend: Any = reference_attention.ReferenceAttention.attend
 
-    def other(self: Any, *arguments: Any) -> torch.Tensor:
+    def other(self: Any, *arguments: Any) -> Any:
         *rest, kind = arguments
         fields = {name: getattr(kind, name) for name in AttentionKind.__dataclass_fields__}
         return attend(self, *rest, AttentionKind(**{**fields, **wrong}))
