@@ -16,9 +16,9 @@ _GUIDANCE = {"whitespace_pattern": "[ \\n]{1,20}"}
 """Small models can write space for ever where any amount of it is allowed."""
 
 
-def response_schema(form: ResponseFormat) -> dict[str, Any] | None:
+def response_schema(form: ResponseFormat | None) -> dict[str, Any] | None:
     """Return the JSON schema that a response format asks for, or None for free text; raises `ApiError`."""
-    if form.type == "text":
+    if form is None or form.type == "text":
         return None
     if form.type == "json_object":
         return {"type": "object"}

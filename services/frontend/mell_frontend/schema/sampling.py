@@ -72,12 +72,12 @@ class SamplingRequest(ApiModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop = []
-    stop_token_ids: list[TokenId] = Field([], max_length=128)
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
     ignore_eos: bool = False
-    response_format: ResponseFormat = ResponseFormat()
+    response_format: ResponseFormat | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
 
     user: Any = None
