@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -82,10 +83,11 @@ class Service:
 
 
 class Stack:
-    """The processes of one test; all are gone when the context is left."""
+    """The processes of one test with these `MELL_` settings; all are gone when the context is left."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK)) -> None:
         self._folder = folder
+        self._settings = dict(settings)
         self._services: list[Service] = []
         self.broker = NatsServer(folder / "nats")
 
@@ -105,7 +107,7 @@ class Stack:
     def start(self, module: str, *arguments: str) -> Service:
         """Start one more process."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MELL_")}
-        environment |= _QUICK | {"MELL_NATS_URL": self.broker.url}
+        environment |= self._settings | {"MELL_NATS_URL": self.broker.url}
         log = self._folder / f"{len(self._services)}-{module}.log"
         service = Service(module, list(arguments), environment, log)
         self._services.append(service)
