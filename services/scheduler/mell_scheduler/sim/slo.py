@@ -14,8 +14,8 @@ ATTAINMENT = 0.99
 """Share of requests that must meet all objectives."""
 DRAIN_S = 600.0
 """How long after the last arrival a request may still finish."""
-HEAD_ROOMS = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
-SPARES = (1, 2, 4, 6)
+HEAD_ROOMS = (0.0, 0.05, 0.1, 0.2, 0.3)
+SPARES = (1, 2, 3, 4, 6, 8, 10, 13, 16)
 
 MakeDriver = Callable[[str, PolicySettings], Driver]
 
@@ -133,11 +133,18 @@ def cheapest(
 
 
 def _fewest_spares(study: Study, name: str, head_room: float, spares: Sequence[int]) -> Found | None:
-    for count in sorted(spares):
-        _, latency = study.with_spares(count).run(name, PolicySettings(head_room=head_room))
+    """By bisection: more spares never meet fewer objectives."""
+    ordered = sorted(spares)
+    best: Found | None = None
+    low, high = 0, len(ordered)
+    while low < high:
+        middle = (low + high) // 2
+        _, latency = study.with_spares(ordered[middle]).run(name, PolicySettings(head_room=head_room))
         if latency.attainment >= ATTAINMENT:
-            return Found(name, head_room, count, latency)
-    return None
+            best, high = Found(name, head_room, ordered[middle], latency), middle
+        else:
+            low = middle + 1
+    return best
 
 
 def highest_rate(
