@@ -36,12 +36,20 @@ class ChoiceText:
         self._stop = stop
         self._tools = tools
         self._min_tokens = min_tokens
+        self._plain = stop is None and tools is None
         self.tokens = 0
         self.cached_tokens = 0
 
     def push(self, delta: Delta) -> Piece:
         """Return what `delta` adds; after a piece with a finish nothing more may be pushed."""
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if self._plain and delta.finish_reason is None:
+            self.tokens += len(delta.token_ids)
+            return Piece(self._detokenizer.push(delta.token_ids), [], delta.token_ids, delta.logprobs)
+        return self._examine(delta)
+
+    def _examine(self, delta: Delta) -> Piece:
+        """Return what a delta adds where its text is searched, or is the last."""
         used, text = len(delta.token_ids), ""
         if self._stop is None:
             text = self._detokenizer.push(delta.token_ids)
