@@ -7,6 +7,7 @@ from mell_scheduler.core import Reply
 from mell_scheduler.core.journal import replay
 from mell_shared.bus import NoResponderError, RequestTimeoutError
 from mell_shared.codec import encode
+from mell_shared.messages.admin import StatusRequest
 from mell_shared.messages.scheduler import SequenceFinished, WorkerLeft
 from mell_shared.process import StartError
 from mell_shared.testing import run_virtually
@@ -136,8 +137,8 @@ def test_a_place_request_that_cannot_be_read_is_dropped(data: bytes, fault: str)
     run_virtually(main())
 
 
-def test_events_that_cannot_be_read_are_dropped() -> None:
-    """Rubbish, giants and ids that are no subject tokens reach no core."""
+def test_messages_that_cannot_be_read_are_dropped() -> None:
+    """Rubbish, giants, ids that are no subject tokens and questions without a reply subject are counted, no more."""
 
     async def main() -> None:
         async with staged(max_payload=16 * 2**20) as stage:
@@ -148,9 +149,12 @@ def test_events_that_cannot_be_read_are_dropped() -> None:
             for data in (b"\xff\xff", b"0" * (8 * 2**20 + 1), encode(WorkerLeft(worker="w1.>", reason=""))):
                 await bus.publish(SUBJECTS.scheduler_events, data)
             await bus.publish(SUBJECTS.place, encode(place_request("nobody listens")))
+            await bus.publish(SUBJECTS.admin_status, encode(StatusRequest()))
+            with pytest.raises(RequestTimeoutError):
+                await bus.request(SUBJECTS.admin_status, b"\xff", 1.0)
             await asyncio.sleep(0.1)
-            for fault in ("malformed", "oversized", "bad_id", "no_reply_subject"):
-                assert scheduler.metric("mell_scheduler_dropped_messages_total", fault=fault) == 1
+            for fault, count in {"malformed": 2, "oversized": 1, "bad_id": 1, "no_reply_subject": 2}.items():
+                assert scheduler.metric("mell_scheduler_dropped_messages_total", fault=fault) == count
             assert [w.worker for w in (await status(bus)).workers] == [worker.spec.worker]
 
     run_virtually(main())

@@ -232,7 +232,7 @@ class SchedulerService:
 
     async def _answer_status(self, delivery: Delivery) -> None:
         core = self._core
-        if core is None or not delivery.reply_to:
+        if core is None or not self._inbox.asks_status(delivery):
             return
         now_us = self._clock.now_us()
         status = Status(

@@ -28,11 +28,6 @@ class Ledger:
         self._pending: dict[str, SequenceRecord] = {}
         """Unconfirmed placements, the earliest deadline first."""
 
-    @property
-    def policy_name(self) -> str:
-        """What the operator chose."""
-        return self._policy.name
-
     # --- workers
 
     def join(self, spec: WorkerSpec, now_us: int) -> WorkerRecord:
