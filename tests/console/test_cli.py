@@ -140,6 +140,13 @@ def test_pulling_what_lies_there_prints_its_folder(models: Path) -> None:
     assert run("model", "pull", str(models / "small")) == (0, f"{models}/small\n")
 
 
+def test_the_fake_model_needs_no_pull(tmp_path: Path) -> None:
+    """A stack with the fake engine goes through the same steps, and this one does nothing."""
+    code, _ = run("model", "pull", "fake", MELL_MODEL_DIR=str(tmp_path))
+    assert code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("log_format", ["auto", "json", "console"])
 def test_progress_and_failure_of_a_pull_are_shown(log_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of showing progress passes the store's reason on, with code 1."""

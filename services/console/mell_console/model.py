@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mell_gpu_worker.model_store import ModelStoreError
 from mell_gpu_worker.model_store import pull as pull_model
-from mell_shared.models import ModelNotFoundError, default_model_dir, locate_model
+from mell_shared.models import FAKE_MODEL, ModelNotFoundError, default_model_dir, locate_model
 
 Tell = Callable[[str, float | None], None]
 """Told what is being done and, where it is known, which fraction of it is done."""
@@ -25,6 +25,9 @@ def model_dir() -> Path:
 
 def pull(name: str, log_format: str) -> int:
     """Fetch `name`, showing progress; return the exit code."""
+    if name == FAKE_MODEL:
+        sys.stderr.write("the fake model has no files\n")
+        return 0
     show = {"json": _pull_json, "console": _pull_drawn}.get(
         log_format, _pull_drawn if sys.stderr.isatty() else _pull_lines
     )
