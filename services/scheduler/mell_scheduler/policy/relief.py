@@ -16,8 +16,9 @@ FindTarget = Callable[[ItemState, GpuRecord], GpuRecord | None]
 class Relief:
     """Cost of moving an item: (size + c) / (slack gained, up to `slack` of capacity, + c).
 
-    `move_cost` (c, a share of capacity) is the fixed cost of any move, in memory's terms; with it a
-    greater item may be the cheaper one, for its leaving ends the overload for longer.
+    So of items whose leaving gives the slack back the smallest goes, else the one that gives most: what
+    barely cures an overload is soon followed by another. `move_cost` (c, a share of capacity) is the fixed
+    cost of any move, in memory's terms; it decides between much slack and a small item.
     """
 
     def __init__(self, cluster: Cluster, find: FindTarget, move_cost: float, slack: float) -> None:
