@@ -169,6 +169,13 @@ class StreamedChat:
             self._take(next(self._lines))
         return self.text
 
+    def read_error(self) -> dict[str, Any]:
+        """Read until the stream says that it failed; returns the error."""
+        while True:
+            line = next(self._lines)
+            if line.startswith("data: ") and "error" in (chunk := json.loads(line.removeprefix("data: "))):
+                return dict(chunk["error"])
+
     def leave(self) -> None:
         """Close the connection."""
         self._response.close()

@@ -8,6 +8,7 @@ from tests.cluster.stack import Service, Stack, StreamedChat, eventually, whole_
 
 pytestmark = pytest.mark.connected
 
+TOKENS = 250
 Team = Callable[..., dict[str, Service]]
 
 
@@ -34,12 +35,24 @@ def client(stack: Stack, frontend: Service) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def story(stack: Stack, frontend: Service) -> str:
+    """The undisturbed text of `TOKENS` tokens; how long a step takes does not change it."""
+    worker = stack.start_worker("undisturbed", step_us=500)
+    worker.ready()
+    with stack.client(frontend) as client:
+        text = whole_text(client, TOKENS)
+    worker.ask_to_stop()
+    worker.exit_code()
+    return text
+
+
 @pytest.fixture
 def team(stack: Stack) -> Iterator[Team]:
     """Start workers of these names, which must be new; they are gone after the test."""
     started: dict[str, Service] = {}
 
-    def start(*names: str, step_us: int = 20_000) -> dict[str, Service]:
+    def start(*names: str, step_us: int = 15_000) -> dict[str, Service]:
         started.update({name: stack.start_worker(name, step_us=step_us) for name in names})
         for worker in started.values():
             worker.ready()
@@ -65,37 +78,36 @@ def busy_worker(client: httpx.Client, names: dict[str, Service]) -> str:
     )
 
 
-def test_a_chat_is_streamed_through_all_services(client: httpx.Client, team: Team) -> None:
+def test_a_chat_is_streamed_through_all_services(client: httpx.Client, team: Team, story: str) -> None:
     """Streamed and whole answers to the same request hold the same text."""
-    team("chat", step_us=2_000)
+    team("chat", step_us=1_000)
     assert client.get("/ready").status_code == 200
-    stream = StreamedChat(client, 50)
-    assert stream.read() == whole_text(client, 50)
-    assert len(stream.text) == 50
+    stream = StreamedChat(client, TOKENS)
+    assert stream.read() == story
+    assert len(story) == TOKENS
     assert stream.finish_reason == "length"
 
 
-def test_a_killed_worker_is_replaced_in_mid_stream(client: httpx.Client, frontend: Service, team: Team) -> None:
+def test_a_killed_worker_is_replaced_in_mid_stream(
+    client: httpx.Client, frontend: Service, team: Team, story: str
+) -> None:
     """The stream goes on elsewhere without a gap or a repeat: its text is that of an undisturbed answer."""
     workers = team("killed-1", "killed-2")
-    expected = whole_text(client, 100)
-    stream = StreamedChat(client, 100)
+    stream = StreamedChat(client, TOKENS)
     stream.read(5)
     workers[busy_worker(client, workers)].kill()
-    assert len(stream.text) < 100
-    assert stream.read() == expected
+    assert stream.read() == story
     assert len(frontend.events("sequence_placed_again")) == 1
 
 
-def test_a_worker_that_stops_hands_its_streams_over(client: httpx.Client, team: Team) -> None:
+def test_a_worker_that_stops_hands_its_streams_over(client: httpx.Client, team: Team, story: str) -> None:
     """SIGTERM to a worker: its stream is finished there or elsewhere, whole, and it exits cleanly."""
     workers = team("stopped-1", "stopped-2")
-    expected = whole_text(client, 80)
-    stream = StreamedChat(client, 80)
+    stream = StreamedChat(client, TOKENS)
     stream.read(5)
     leaving = workers[busy_worker(client, workers)]
     leaving.ask_to_stop()
-    assert stream.read() == expected
+    assert stream.read() == story
     assert leaving.exit_code() == 0
 
 
@@ -112,32 +124,47 @@ def test_a_client_that_leaves_frees_its_worker(client: httpx.Client, frontend: S
     assert left["completion_tokens"] < 3000
 
 
-def test_a_broker_that_crashes_and_returns_costs_no_text(stack: Stack, client: httpx.Client, team: Team) -> None:
+def test_a_broker_that_crashes_and_returns_costs_no_text(
+    stack: Stack, client: httpx.Client, team: Team, story: str
+) -> None:
     """What was lost meanwhile is sent again; the text is that of an undisturbed answer."""
     team("cut-off")
-    expected = whole_text(client, 80)
-    stream = StreamedChat(client, 80)
+    stream = StreamedChat(client, TOKENS)
     stream.read(5)
     stack.broker.kill()
     stack.broker.start()
-    assert stream.read() == expected
+    assert stream.read() == story
     assert len(whole_text(client, 10)) == 10
 
 
-def test_a_frontend_that_stops_finishes_its_streams(stack: Stack, team: Team) -> None:
+def test_a_frontend_that_stops_finishes_its_streams(stack: Stack, team: Team, story: str) -> None:
     """After SIGTERM it is not ready and takes nothing new; what it streams comes to its end."""
     team("outliving")
     stopping = stack.start_frontend()
     with stack.client(stopping) as client:
-        expected = whole_text(client, 80)
-        stream = StreamedChat(client, 80)
+        stream = StreamedChat(client, TOKENS)
         stream.read(5)
         stopping.ask_to_stop()
         eventually(lambda: client.get("/ready").status_code == 503, "not ready")
         refused = client.post("/v1/completions", json={"model": "fake", "prompt": "x", "max_tokens": 1})
         assert refused.status_code == 503
-        assert stream.read() == expected
+        assert stream.read() == story
     assert stopping.exit_code() == 0
+
+
+def test_a_stream_that_outlasts_the_stop_deadline_is_cut_with_an_error(stack: Stack, team: Team) -> None:
+    """Its reader is told, its worker is freed, and the frontend still ends cleanly."""
+    workers = team("cut-short")
+    stopping = stack.start("mell_frontend", "--models", "fake", "--port", "0", "--stop-deadline-s", "0.1")
+    with stack.client(stopping) as client:
+        stream = StreamedChat(client, 3000)
+        stream.read(5)
+        stopping.ask_to_stop()
+        assert stream.read_error()["type"]
+        assert stopping.exit_code() == 0
+    workers["cut-short"].ask_to_stop()  # it would finish what it runs, for up to half a minute
+    assert workers["cut-short"].exit_code() == 0
+    assert workers["cut-short"].events("stopping")[0]["sequences"] == 0
 
 
 def test_without_a_worker_the_answer_is_503(client: httpx.Client) -> None:
