@@ -141,9 +141,9 @@ def _refuse_unserved(request: CompletionRequest) -> None:
 
 def _check_limits(request: SamplingRequest, model: ServedModel, settings: FrontendSettings, *, prompts: int) -> None:
     """Raise `ApiError` (400) for more than this server wants to do at once, or token ids it does not know."""
-    if prompts * request.n > settings.max_sequences:
+    if prompts * request.n > settings.max_choices:
         param = "n" if prompts == 1 else "prompt"
-        message = f"{prompts} prompts with n = {request.n} make more than {settings.max_sequences} choices."
+        message = f"{prompts} prompts with n = {request.n} make more than {settings.max_choices} choices."
         raise bad_request(message, param, "invalid_value")
     if len(request.stops) > settings.max_stop:
         raise bad_request(f"stop: at most {settings.max_stop} strings.", "stop", "invalid_value")

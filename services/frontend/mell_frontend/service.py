@@ -58,7 +58,7 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
         bus = await NatsBus.connect(settings.nats_url, name=frontend)
         try:
             core = FrontendCore(frontend, stream_limits(settings))
-            timeouts = Timeouts(place_s=settings.place_timeout_s, submit_s=settings.submit_timeout_s)
+            timeouts = Timeouts(place_s=settings.place_reply_s, submit_s=settings.submit_reply_s)
             gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts)
             registry = _registry(bus, gateway)
             app = create_app(settings, gateway, models, registry)

@@ -32,16 +32,16 @@ class FrontendSettings(ServiceSettings):
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")
     read_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a request's whole body.")
     write_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a client that does not read its answer.")
-    max_sequences: int = Field(128, ge=1, description="Most choices of one request, over all its prompts.")
+    max_choices: int = Field(128, ge=1, description="Most choices of one request, over all its prompts.")
     max_stop: int = Field(16, ge=1, description="Most stop strings of one request.")
     max_stop_chars: int = Field(256, ge=1, description="Longest stop string.")
     max_logit_bias: int = Field(1024, ge=0, description="Most `logit_bias` entries of one request.")
     max_tools: int = Field(128, ge=1, description="Most tools of one request.")
 
     max_open_sequences: int = Field(4096, ge=1, description="Most choices of all requests open at once.")
-    place_timeout_s: float = Field(2.0, gt=0, le=60, description="Longest wait for one answer of the scheduler.")
+    place_reply_s: float = Field(2.0, gt=0, le=60, description="Longest wait for one answer of the scheduler.")
     place_deadline_s: float = Field(15.0, gt=0, description="A scheduler silent this long makes requests fail.")
-    submit_timeout_s: float = Field(5.0, gt=0, le=60, description="Longest wait for a worker to take a sequence.")
+    submit_reply_s: float = Field(5.0, gt=0, le=60, description="Longest wait for a worker to take a sequence.")
     worker_silence_s: float = Field(
         5.0, gt=0, description="A worker silent this long loses its sequences to others; at least three statuses."
     )
