@@ -7,8 +7,12 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
+from mell_gpu_worker.engine.openmp import wait_politely
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
+
+# Before any test imports torch, whose threads would keep the cores from the processes that tests start.
+wait_politely()
 
 # Wall-clock limits on examples fail on a busy machine and say nothing about the code.
 settings.register_profile("mell", deadline=None, suppress_health_check=[HealthCheck.too_slow])

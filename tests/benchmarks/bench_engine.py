@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mell_gpu_worker.core.step import StepRow
-from mell_gpu_worker.engine.openmp import wait_politely
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_gpu_worker.engine.torch_engine import TorchEngine, load_torch_engine
 from mell_gpu_worker.model_store import pull
@@ -41,7 +40,6 @@ class Setup:
 @pytest.fixture(scope="module")
 def setup() -> Setup:
     """Load the default model twice."""
-    wait_politely()
     folder = pull("smollm2-135m", default_model_dir(), lambda _stage, _fraction: None)
     options = EngineOptions(engine="torch", model="smollm2-135m", model_dir=default_model_dir(), kv_blocks=1200)
     engine = load_torch_engine(options)
@@ -82,7 +80,7 @@ def _generate_decode_s(setup: Setup, prompts: list[list[int]], cache: DynamicCac
     with torch.inference_mode():
         setup.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
     took_s = time.perf_counter() - began
-    cache.crop(len(prompts[0]) - 1)
+    cache.crop(len(prompts[0]) - 1 - cache.get_seq_length())
     return took_s
 
 
