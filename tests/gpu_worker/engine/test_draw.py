@@ -11,7 +11,8 @@ def plain_draw(logits: list[float], temperature: float, cuts: tuple[int, float, 
     """The definition in the module's docstring, token by token, in Python integers."""
     top_k, top_p, min_p = cuts
     scaled = [logit / temperature for logit in logits]
-    weights = [math.floor(2**40 * math.exp(value - max(scaled))) for value in scaled]
+    largest = max(scaled)
+    weights = [math.floor(2**40 * math.exp(value - largest)) for value in scaled]
     order = list(range(len(weights)))
     if top_k > 0 or top_p < 1 or min_p > 0:
         order.sort(key=lambda token: (-weights[token], token))
