@@ -65,6 +65,11 @@ def room(spec: GpuSpec, blocks: int, count: int) -> int:
     return min(free, left_ns // step.per_block_ns)
 
 
+def is_over(spec: GpuSpec, blocks: int, count: int) -> bool:
+    """`count` items of `blocks` in all are above a capacity."""
+    return blocks > spec.capacity_blocks or _step_over_ns(spec, blocks, count) > 0
+
+
 def _step_over_ns(spec: GpuSpec, blocks: int, count: int) -> int:
     step = spec.step
     if step is None:
@@ -122,7 +127,7 @@ class GpuRecord:
     @property
     def over(self) -> bool:
         """Charged above either capacity."""
-        return self.memory_free < 0 or _step_over_ns(self.spec, self.used + self.other, self.count) > 0
+        return is_over(self.spec, self.used + self.other, self.count)
 
     @property
     def over_after_moves(self) -> int:

@@ -11,7 +11,7 @@ from itertools import count
 
 from mell_scheduler.policy.base import GpuId, GpuState, Item, ItemId, Move, PolicySettings, Reason
 from mell_scheduler.policy.cluster import Cluster
-from mell_scheduler.policy.gpus import GpuRecord, ItemState
+from mell_scheduler.policy.gpus import GpuRecord, ItemState, is_over
 from mell_scheduler.policy.mell.bins import Bin, Unit
 from mell_scheduler.policy.mell.fig10 import Packing, Ports
 from mell_scheduler.policy.mell.groups import join, leave, tidy
@@ -115,7 +115,7 @@ class Mell:
         changed = [unit for seq, unit in bin_.units.items() if before.get(seq) != unit.cls]
         packing = self._packing_of(bin_)
         packing.shelf.file(bin_, self._usable(bin_))
-        if bin_.free < 0 or changed:
+        if bin_.over or changed:
             packing.touch(bin_)
         return changed
 
@@ -136,7 +136,10 @@ class Mell:
         return any(member.gpu is not unit.bin.gpu for member in unit.members.values())
 
     def _may_begin(self, unit: Unit, moves: list[Move]) -> bool:
-        if self._cluster.hold_both_ends and unit.bin.gpu.free < unit.size:
+        gpu = unit.bin.gpu
+        if self._cluster.hold_both_ends and is_over(
+            gpu.spec, gpu.used + gpu.other + unit.size, gpu.count + len(unit.members)
+        ):
             return False
         settings = self._settings
         blocks = sum(move.size_blocks for move in moves) + unit.size

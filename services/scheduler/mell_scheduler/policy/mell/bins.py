@@ -5,7 +5,7 @@ with the units that are meant to be there.
 """
 
 from mell_scheduler.policy.base import ItemId, Reason
-from mell_scheduler.policy.gpus import GpuRecord, ItemState, room
+from mell_scheduler.policy.gpus import GpuRecord, ItemState, is_over, room
 from mell_scheduler.policy.mell.sizes import SizeClass, class_of
 
 
@@ -57,6 +57,11 @@ class Bin:
     def free(self) -> int:
         """The largest unit that can be added, by both capacities, once the plan is carried out."""
         return room(self.gpu.spec, self.used + self.gpu.other, self.count)
+
+    @property
+    def over(self) -> bool:
+        """Above a capacity, once the plan is carried out."""
+        return is_over(self.gpu.spec, self.used + self.gpu.other, self.count)
 
     @property
     def cls(self) -> SizeClass | None:

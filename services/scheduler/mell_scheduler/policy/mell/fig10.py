@@ -180,7 +180,7 @@ class Packing:
 
     def _belongs(self, unit: Unit) -> bool:
         bin_ = unit.bin
-        if bin_.free < 0:
+        if bin_.over:
             return False
         if bin_.cls is SizeClass.L:
             return len(bin_.of_class(SizeClass.S, SizeClass.M)) == 1
@@ -189,7 +189,7 @@ class Packing:
 
     def relieve(self, bin_: Bin) -> None:
         """End an overload: the cheapest set of units, the largest one excepted, is allocated elsewhere."""
-        if bin_.free >= 0 or not self._ports.usable(bin_):
+        if not bin_.over or not self._ports.usable(bin_):
             return
         largest = max(bin_.units.values(), key=lambda u: (u.size, -u.seq))
         others = [u for u in bin_.units.values() if u is not largest]
@@ -219,7 +219,7 @@ class Packing:
             self._pull(bin_)
             self._backfill(bin_)
         elif bin_.cls is SizeClass.T:
-            self._restore_t(bin_)
+            self._restore_t()
         else:
             self._restore_sm(bin_)
 
@@ -269,9 +269,11 @@ class Packing:
                 self._put_evicting(unit, target)
                 return
 
-    def _restore_t(self, bin_: Bin) -> None:
-        if not self.shelf.is_latest(bin_):
-            self._backfill(bin_)
+    def _restore_t(self) -> None:
+        """At most the latest T-GPU is less than three quarters full: the oldest that is takes from the latest."""
+        open_ = list(islice(self.shelf.open(SizeClass.T), _CANDIDATES))
+        if open_ and not self.shelf.is_latest(open_[-1]):
+            self._backfill(open_[-1])
 
     def _backfill(self, bin_: Bin) -> None:
         """Up to three quarters full with T's from the latest T-GPU."""

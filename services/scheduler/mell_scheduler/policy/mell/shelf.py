@@ -18,7 +18,7 @@ class Shelf:
         for cls in SizeClass:
             self._indices[_age(cls)] = FreeIndex()
             self._indices[_room(cls)] = FreeIndex()
-        for cls in QUOTA:
+        for cls in (SizeClass.T, *QUOTA):
             self._indices[_open(cls)] = FreeIndex()
         self._sm = FreeIndex()
         self._sm_units: dict[int, Unit] = {}
@@ -65,7 +65,7 @@ class Shelf:
         return next(self.latest(bin_.cls), None) is bin_
 
     def open(self, cls: SizeClass) -> Iterator[Bin]:
-        """M- or S-GPUs that hold fewer than their quota, the most recently activated first."""
+        """M- or S-GPUs short of their quota, T-GPUs short of three quarters; the most recently activated first."""
         return (self.bins[slot] for slot in self._indices[_open(cls)].descending())
 
     def emptiest(self, cls: SizeClass) -> Iterator[Bin]:
@@ -102,7 +102,7 @@ def _keys(bin_: Bin) -> dict[str, int]:
     if cls is None:
         return {}
     keys = {_age(cls): bin_.activated, _room(cls): bin_.free}
-    if cls in QUOTA and len(bin_.of_class(cls)) < QUOTA[cls]:
+    if _is_open(bin_, cls):
         keys[_open(cls)] = bin_.activated
     if cls is SizeClass.L:
         others = bin_.of_class(SizeClass.S, SizeClass.M)
@@ -110,6 +110,12 @@ def _keys(bin_: Bin) -> dict[str, int]:
         if not others and len(larges) == 1:
             keys[_LONELY] = bin_.capacity - bin_.gpu.other - larges[0].size
     return keys
+
+
+def _is_open(bin_: Bin, cls: SizeClass) -> bool:
+    if cls is SizeClass.T:
+        return not bin_.three_quarters_full
+    return cls in QUOTA and len(bin_.of_class(cls)) < QUOTA[cls]
 
 
 def _age(cls: SizeClass) -> str:
