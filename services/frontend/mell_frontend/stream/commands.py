@@ -1,7 +1,7 @@
 """All that the stream core can ask for; a closed union of values without callbacks, each in the imperative."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mell_shared.messages.frontend import FrontendReply, TokenLogprobs
 from mell_shared.messages.sampling import FinishReason
@@ -54,9 +54,11 @@ class ReplyControl:
     reply: FrontendReply
 
 
-@dataclass(frozen=True, slots=True)
-class DeliverTokens:
-    """Hand the next tokens to the reader, each exactly once; with a finish reason it is the sequence's last command."""
+class DeliverTokens(NamedTuple):
+    """Hand the next tokens to the reader, each exactly once; with a finish reason it is the sequence's last command.
+
+    One is made for every token and sequence, so it is a named tuple: making a frozen dataclass takes twice as long.
+    """
 
     sequence: str
     token_ids: list[int]
