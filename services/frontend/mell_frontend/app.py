@@ -209,7 +209,7 @@ class _Answer(Response):
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(receive, send, self._record, self._write_timeout_s)
+        exchange = Exchange(receive, send, scope["state"]["send"], self._record, self._write_timeout_s)
         await exchange.run(self._respond(exchange))
 
 

@@ -28,7 +28,10 @@ _log = structlog.get_logger()
 
 
 class Recorder:
-    """Gives every request a record (`scope["state"]["record"]`) and an `x-request-id`; logs and counts it once."""
+    """Gives every request a record (`scope["state"]["record"]`) and an `x-request-id`; logs and counts it once.
+
+    `scope["state"]["send"]` is the server's own `send`.
+    """
 
     def __init__(self, app: App, metrics: FrontendMetrics, clock: Clock) -> None:
         self._app = app
@@ -43,7 +46,8 @@ class Recorder:
         taken = _header(scope, b"x-request-id")
         identity = taken.decode() if taken and _REQUEST_ID.fullmatch(taken) else request_id("req")
         record = RequestRecord(identity, scope["method"], scope["path"], self._clock.now_us())
-        scope.setdefault("state", {})["record"] = record
+        state = scope.setdefault("state", {})
+        state["record"], state["send"] = record, send
 
         async def send_noting(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -4,19 +4,23 @@ import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from mell_frontend.asgi import Message, Receive, Send, send_events, send_json, start_event_stream, wait_for_disconnect
+from mell_frontend.asgi import Receive, Send, send_events, send_json, start_event_stream, wait_for_disconnect
 from mell_frontend.record import RequestRecord
 
 
 class Exchange:
     """Sends one answer; `run` ends the work as soon as nobody can get it any more.
 
-    A client is given up that has closed its connection, or has let one write wait for `write_timeout_s`.
+    A client is given up that has closed its connection, or has let one write wait for `write_timeout_s`. `send_body`
+    is the server's own `send`, for the events of a response that has begun.
     """
 
-    def __init__(self, receive: Receive, send: Send, record: RequestRecord, write_timeout_s: float) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, send_body: Send, record: RequestRecord, write_timeout_s: float
+    ) -> None:
         self._receive = receive
         self._send = send
+        self._send_body = send_body
         self._write_timeout_s = write_timeout_s
         self._loop = asyncio.get_running_loop()
         self._writing_since_s: float | None = None
@@ -54,19 +58,20 @@ class Exchange:
     async def start(self) -> None:
         """Begin a response of server-sent events."""
         self.started = True
-        await start_event_stream(self._write)
+        await self._write(start_event_stream(self._send))
 
     async def events(self, text: str, *, last: bool) -> None:
         """Send events in one write."""
         self._answered = last
-        await send_events(self._write, text, more=not last)
+        # Past the layers of the framework, which have nothing to do with bodies and would cost as much as the write.
+        await self._write(send_events(self._send_body, text, more=not last))
 
     async def body(self, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> None:
         """Send the whole response."""
         self.started = self._answered = True
-        await send_json(self._write, status, body, headers)
+        await self._write(send_json(self._send, status, body, headers))
 
-    async def _write(self, message: Message) -> None:
+    async def _write(self, sending: Coroutine[Any, Any, None]) -> None:
         self._writing_since_s = self._loop.time()
-        await self._send(message)
+        await sending
         self._writing_since_s = None

@@ -1,6 +1,7 @@
 """The frontend's shell: the bus, the gateway and the HTTP server, brought up in order and taken down in order."""
 
 import asyncio
+import gc
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
             registry = _registry(bus, gateway)
             app = create_app(settings, gateway, models, registry)
             http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, [model.name for model in models])
+            # What libraries and models are made of lives as long as the process: never search it for garbage again.
+            gc.collect()
+            gc.freeze()
             metrics = partial(serve_metrics, host=settings.metrics_host, port=settings.metrics_port)
             async with metrics(registry, lambda: gateway.ready):
                 await _run(settings, gateway, bus, http, stop)
