@@ -1,0 +1,73 @@
+import json
+
+import openai
+import pytest
+
+from tests.docker.conftest import ComposedStack
+
+# Building four images, one of them with torch, takes minutes.
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
+
+
+def chat(stack: ComposedStack) -> str:
+    """Return the text of a chat answer, streamed through the published port to the official client."""
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", timeout=60) as client:
+        chunks = client.chat.completions.create(
+            model="fake",
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=16,
+            seed=7,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def bench(stack: ComposedStack) -> dict[str, object]:
+    """Return the report of forty requests sent from a container on the stack's inner network."""
+    flags = ["--requests", "40", "--concurrency", "10", "--output-tokens", "32", "--json", "-"]
+    report: dict[str, object] = json.loads(stack.mell("bench", "http://frontend:8000", *flags))
+    return report
+
+
+def test_the_compose_file_is_valid_with_and_without_gpus(stack: ComposedStack) -> None:
+    """Compose accepts the file, and only the profile adds the workers that need a device."""
+    stack.compose("config", "-q")
+    assert "gpu_worker_cuda" not in stack.compose("config", "--services").split()
+    assert "gpu_worker_cuda" in stack.compose("--profile", "gpu", "config", "--services").split()
+
+
+def test_the_stack_answers_a_chat_also_with_four_workers(stack: ComposedStack) -> None:
+    """A chat is answered through compose's network; after scaling four workers serve, and the text is the same."""
+    first = chat(stack)
+    assert first
+    assert bench(stack)["whole"] == 40
+    stack.up(workers=4)
+    assert {str(worker["model"]) for worker in stack.workers()} == {"fake"}
+    assert bench(stack)["whole"] == 40
+    assert chat(stack) == first
+
+
+@pytest.mark.parametrize("image", ["console", "frontend", "gpu-worker", "scheduler"])
+def test_no_image_runs_as_root(stack: ComposedStack, image: str) -> None:
+    """Every image's user is an ordinary one."""
+    assert stack.docker("run", "--rm", "--entrypoint", "id", stack.image(image), "-u").strip() == "10001"
+
+
+def test_only_workers_carry_torch(stack: ComposedStack) -> None:
+    """The frontend's and the scheduler's images stay small: there is no torch in them."""
+    look = "import importlib.util, sys; sys.stdout.write(str(importlib.util.find_spec('torch') is not None))"
+    found = {
+        image: stack.docker("run", "--rm", "--entrypoint", "python", stack.image(image), "-c", look)
+        for image in ("frontend", "scheduler", "gpu-worker")
+    }
+    assert found == {"frontend": "False", "scheduler": "False", "gpu-worker": "True"}
+
+
+def test_every_service_stops_cleanly_when_asked(stack: ComposedStack) -> None:
+    """SIGTERM reaches each program: all end with code 0 and none is killed; then they come back."""
+    stack.compose("stop")
+    codes = {name: state["ExitCode"] for name, state in stack.containers().items()}
+    assert set(codes.values()) == {0}, codes
+    stack.up(workers=2)
+    assert chat(stack)
