@@ -1,0 +1,155 @@
+"""The source's end of a transfer, the same over every link."""
+
+import asyncio
+from collections.abc import Awaitable
+
+from mell_gpu_worker.transport.base import (
+    CorruptedError,
+    DeadlineError,
+    LinkLostError,
+    ProtocolError,
+    RefusedError,
+    Round,
+    Slots,
+    TransportError,
+    TransportOptions,
+)
+from mell_gpu_worker.transport.checksum import checksum_of
+from mell_gpu_worker.transport.chunks import Piece, cut
+from mell_gpu_worker.transport.frames import (
+    ACCEPTED,
+    CORRUPTED,
+    DONE,
+    FAILURES,
+    REFUSALS,
+    Answer,
+    Chunk,
+    Hello,
+    Mark,
+    Verdict,
+)
+from mell_gpu_worker.transport.link import Link
+from mell_gpu_worker.transport.regions import Region, region_of
+
+
+async def greet(opening: Awaitable[Link], hello: Hello, options: TransportOptions, timeout_s: float) -> "LinkOutgoing":
+    """Open a link and say hello; return the transfer if it was accepted, else close the link and raise."""
+    link: Link | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            link = await opening
+            await link.send_frame(hello.encode())
+            link.tagged(_accepted(await link.receive_frame()))
+    except BaseException as error:
+        if link is not None:
+            link.close()
+        if isinstance(error, TimeoutError):
+            raise DeadlineError(f"no answer to the greeting within {timeout_s:g} s") from None
+        raise
+    return LinkOutgoing(link, options)
+
+
+def _accepted(frame: bytes) -> int:
+    """Return the tag for payloads; raises `RefusedError` with the target's reason."""
+    verdict = Verdict.decode(frame)
+    if verdict.code != ACCEPTED:
+        raise RefusedError(REFUSALS[verdict.code])
+    return verdict.tag
+
+
+class LinkOutgoing:
+    """`Outgoing` over a link that was accepted."""
+
+    def __init__(self, link: Link, options: TransportOptions) -> None:
+        self._link = link
+        self._options = options
+        self._chunks = 0
+        self._sending = False
+        self._over: TransportError | None = None
+
+    async def send(self, slots: Slots, timeout_s: float) -> Round:
+        """Send one round, as `Outgoing.send`."""
+        regions = [(slot, region_of(buffer, writable=False)) for slot, buffer in slots]
+        assert not self._sending, "one round at a time"
+        if self._over is not None:
+            raise self._over
+        self._sending = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._round(regions)
+        except TimeoutError:
+            error = DeadlineError(f"the round was not confirmed within {timeout_s:g} s")
+            self._end(error)
+            raise error from None
+        except TransportError as error:
+            self._end(error)
+            raise
+        except asyncio.CancelledError:
+            self._end(LinkLostError("the transfer was cancelled here"))
+            raise
+        finally:
+            self._sending = False
+
+    async def close(self) -> None:
+        """End the transfer."""
+        self._end(LinkLostError("the transfer was closed here"))
+
+    def _end(self, error: TransportError) -> None:
+        if self._over is None:
+            self._over = error
+        self._link.close()
+
+    async def _round(self, regions: list[tuple[int, Region]]) -> Round:
+        """Send a round while listening: a target that fails says so at once."""
+        answer = asyncio.ensure_future(self._answer())
+        pump = asyncio.ensure_future(self._pump(regions))
+        try:
+            await asyncio.wait((answer, pump), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done() and not pump.done():
+                await answer
+                raise ProtocolError("the target confirmed a round that was not sent")
+            return await self._confirmed(pump, answer)
+        finally:
+            if not (answer.done() and pump.done()):
+                answer.cancel()
+                pump.cancel()
+                self._link.close()
+            await asyncio.gather(answer, pump, return_exceptions=True)
+
+    @staticmethod
+    async def _confirmed(pump: "asyncio.Future[Round]", answer: "asyncio.Future[None]") -> Round:
+        try:
+            sent = await pump
+        except LinkLostError:
+            # The target's own words about why it closed, if they came, say more.
+            await answer
+            raise
+        await answer
+        return sent
+
+    async def _answer(self) -> None:
+        answer = Answer.decode(await self._link.receive_frame())
+        if answer.code == DONE:
+            return
+        raise (CorruptedError if answer.code == CORRUPTED else ProtocolError)(FAILURES[answer.code])
+
+    async def _pump(self, regions: list[tuple[int, Region]]) -> Round:
+        chunks = size_bytes = staged_bytes = unchecked_bytes = 0
+        for piece in cut(regions, self._options.chunk_bytes):
+            checked = await self._post(piece)
+            chunks += 1
+            size_bytes += piece.nbytes
+            staged_bytes += piece.nbytes if piece.packed else 0
+            unchecked_bytes += 0 if checked else piece.nbytes
+        await self._link.send_frame(Mark(chunks, size_bytes).encode())
+        await self._link.posted()
+        return Round(tuple(slot for slot, _ in regions), size_bytes, unchecked_bytes, staged_bytes)
+
+    async def _post(self, piece: Piece) -> bool:
+        payload = piece.payload()
+        checksum = checksum_of(payload)
+        count = len(piece.regions)
+        chunk = Chunk(piece.slot, count, piece.offset, payload.nbytes, self._chunks, checksum)
+        self._chunks += 1
+        await self._link.post(chunk.encode(), payload)
+        return checksum is not None
