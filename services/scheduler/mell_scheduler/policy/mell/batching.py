@@ -17,6 +17,7 @@ from mell_scheduler.policy.mell.fig10 import Packing, Ports
 from mell_scheduler.policy.mell.groups import join, leave, tidy
 from mell_scheduler.policy.mell.shelf import Shelf
 from mell_scheduler.policy.mell.sizes import SizeClass, is_small
+from mell_scheduler.policy.relief import Relief
 
 
 class Mell:
@@ -29,6 +30,7 @@ class Mell:
         self._unit_of: dict[ItemId, Unit] = {}
         self._packings: dict[str, Packing] = {}
         self._sequence = count(1)
+        self._relief = Relief(cluster, self._tightest, settings.repack.move_cost, settings.repack.head_room)
         cluster.watcher = self
 
     # --- arrivals
@@ -101,7 +103,12 @@ class Mell:
             self._packing_of(bin_).relieve(bin_)
         for packing in self._packings.values():
             packing.restore()
-        return self._begin_moves()
+        return [*self._begin_moves(), *self._relief.moves()]
+
+    def _tightest(self, item: ItemState, source: GpuRecord) -> GpuRecord | None:
+        """For overloads whose cure had no room yet, both ends counted: any GPU that has room now."""
+        roomy = self._cluster.fullest_with(item.model, item.planned)
+        return next((gpu for gpu in roomy if gpu is not source), None)
 
     def _read_sizes(self, bin_: Bin) -> list[Unit]:
         """Take a bin's present sizes; returns its units whose class has changed."""
