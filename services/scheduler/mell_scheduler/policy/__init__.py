@@ -13,65 +13,29 @@ from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
 from mell_scheduler.policy.repack import FRUGAL, Repack
 from mell_scheduler.policy.worst_fit import WorstFit
 
-_Builder = Callable[[PolicySettings], Policy]
-
-
-def _fit(name: str, rule: Callable[[Cluster, float], Rule]) -> _Builder:
-    """A baseline without migration, made from its way of choosing a GPU."""
-
-    def build(settings: PolicySettings) -> Policy:
-        cluster = settings_cluster(settings)
-        return PackingPolicy(name, cluster, rule(cluster, settings.head_room))
-
-    return build
-
-
-def _repack(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("repack", cluster, Repack(cluster, settings))
-
-
-def _repack_frugal(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("repack-frugal", cluster, Repack(cluster, replace(settings, repack=FRUGAL)))
-
-
-def _mell(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("mell", cluster, Mell(cluster, settings))
-
-
-def _load_balance(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("load-balance", cluster, LoadBalance(cluster, settings))
-
-
-def _load_balance_drain(settings: PolicySettings) -> Policy:
-    cluster = settings_cluster(settings)
-    return PackingPolicy("load-balance-drain", cluster, LoadBalanceDrain(cluster, settings))
-
-
-_BUILDERS: dict[str, _Builder] = {
-    "repack": _repack,
-    "repack-frugal": _repack_frugal,
-    "mell": _mell,
-    "load-balance-drain": _load_balance_drain,
-    "load-balance": _load_balance,
-    "best-fit": _fit("best-fit", BestFit),
-    "worst-fit": _fit("worst-fit", WorstFit),
-    "first-fit": _fit("first-fit", FirstFit),
-    "round-robin": _fit("round-robin", RoundRobin),
+_RULES: dict[str, Callable[[Cluster, PolicySettings], Rule]] = {
+    "repack": Repack,
+    "repack-frugal": lambda cluster, settings: Repack(cluster, replace(settings, repack=FRUGAL)),
+    "mell": Mell,
+    "load-balance-drain": LoadBalanceDrain,
+    "load-balance": LoadBalance,
+    "best-fit": lambda cluster, settings: BestFit(cluster, settings.head_room),
+    "worst-fit": lambda cluster, settings: WorstFit(cluster, settings.head_room),
+    "first-fit": lambda cluster, settings: FirstFit(cluster, settings.head_room),
+    "round-robin": lambda cluster, settings: RoundRobin(cluster, settings.head_room),
 }
 
-POLICY_NAMES: tuple[str, ...] = tuple(_BUILDERS)
+POLICY_NAMES: tuple[str, ...] = tuple(_RULES)
 DEFAULT_POLICY = "repack"
 
 
 def make_policy(name: str, settings: PolicySettings | None = None) -> Policy:
     """Build a policy; raises ValueError naming the known ones."""
-    if name not in _BUILDERS:
+    if name not in _RULES:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")
-    return _BUILDERS[name](settings or PolicySettings())
+    chosen = settings or PolicySettings()
+    cluster = settings_cluster(chosen)
+    return PackingPolicy(name, cluster, _RULES[name](cluster, chosen))
 
 
 __all__ = ["DEFAULT_POLICY", "POLICY_NAMES", "Policy", "PolicySettings", "make_policy"]
