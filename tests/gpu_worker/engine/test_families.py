@@ -18,8 +18,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     """Counts over all families; told and checked at the end."""
     counts = Tally()
     yield counts
-    request.config.get_terminal_writer().line(f"\n{counts}")
-    counts.check()
+    counts.check(request.config)
 
 
 def _jobs(seed: int) -> list[Job]:

@@ -40,5 +40,5 @@ def test_the_default_model_answers_as_generate_does(request: pytest.FixtureReque
     for job, prompt in zip(jobs, prompts, strict=True):
         tokens, logits = generate(model, prompt, job.max_tokens)
         tally.compare(job.output, tokens, logits)
-    request.config.get_terminal_writer().line(f"\n{tally}")
+    tally.check(request.config)
     assert "Paris" in tokenizer.decode(jobs[0].output)
