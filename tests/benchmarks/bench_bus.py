@@ -1,5 +1,4 @@
 import asyncio
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from mell_shared.messages.scheduler import SCHEDULER_EVENT, WorkerReport
 from mell_shared.messages.worker import WORKER_COMMAND, Submit
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
+from tests.benchmarks.figures import memory_read_gb_per_s, print_table, spread
 
 pytestmark = pytest.mark.benchmark
 
@@ -51,18 +51,12 @@ REPORT = WorkerReport(
 )
 
 
-def told(name: str, unit: str, figures: list[float]) -> None:
-    """Print a median with its range over the rounds."""
-    low, high = min(figures), max(figures)
-    print(f"{name:48} {statistics.median(figures):12,.1f} {unit:10} ({low:,.1f} to {high:,.1f}, {len(figures)} rounds)")  # noqa: T201
+HEAD = ("what", "median (range)", "unit")
 
 
-def memory_read_gb_per_s() -> float:
-    """Return how fast this machine reads memory just now; other figures mean little where it varies."""
-    data = bytes(64 * 2**20)
-    begun_s = time.perf_counter()
-    assert data.find(b"\x01") == -1
-    return len(data) / (time.perf_counter() - begun_s) / 1e9
+def row(name: str, unit: str, figures: list[float]) -> list[str]:
+    """Return a table's row: a median with its range over the rounds."""
+    return [name, spread(figures, 1), unit]
 
 
 def mean_us(work: Callable[[], object], repeats: int = 200) -> float:
@@ -76,13 +70,14 @@ def mean_us(work: Callable[[], object], repeats: int = 200) -> float:
 def test_codec() -> None:
     """CPU time to encode and decode one step of 200 rows, a report of 200 rows, and a prompt of 8,000 ids."""
     works: dict[str, Callable[[], object]] = {}
+    rows: list[list[str]] = []
     for name, message, adapter in (
         ("TokensGenerated, 200 rows", STEP, TOKENS_GENERATED),
         ("WorkerReport, 200 rows", REPORT, SCHEDULER_EVENT),
         ("Submit, 8000 prompt ids", SUBMIT, WORKER_COMMAND),
     ):
         data = encode(message)
-        print(f"{name:48} {len(data):12,} bytes")  # noqa: T201
+        rows.append([name, f"{len(data):,}", "bytes"])
         works[f"encode {name}"] = lambda message=message: encode(message)  # type: ignore[misc]
         works[f"decode {name}"] = lambda adapter=adapter, data=data: decode(adapter, data)  # type: ignore[misc]
     works["make TokensGenerated, 200 rows"] = lambda: TokensGenerated(**dict(STEP))
@@ -92,9 +87,9 @@ def test_codec() -> None:
         memory.append(memory_read_gb_per_s())
         for name, work in works.items():
             figures[name].append(mean_us(work))
-    for name, measured in figures.items():
-        told(name, "us", measured)
-    told("memory read in the same rounds", "GB/s", memory)
+    rows += [row(name, "CPU us", measured) for name, measured in figures.items()]
+    rows.append(row("memory read", "GB/s", memory))
+    print_table(f"Codec, {ROUNDS} rounds", HEAD, rows)
 
 
 def test_bus(tmp_path: Path) -> None:
@@ -132,13 +127,17 @@ async def _bus_rounds(url: str) -> None:
         messages.append(await _rate(source, "bytes", lambda payload=payload: payload, arrived, 5000))  # type: ignore[misc]
         small.append(await _rate(source, "bytes", lambda: bytes(200), arrived, 10_000))
         trips += await _trips_us(source, 500)
-    told("steps encoded, sent, decoded", "steps/s", steps)
-    told("token rows so delivered", "rows/s", [rate * ROWS for rate in steps])
-    told(f"messages of {len(encode(STEP)):,} bytes, uncoded", "msg/s", messages)
-    told("messages of 200 bytes, uncoded", "msg/s", small)
-    told("memory read in the same rounds", "GB/s", memory)
     trips.sort()
-    print(f"{'request/reply p50, p99':48} {trips[len(trips) // 2]:,.0f}, {trips[len(trips) * 99 // 100]:,.0f} us")  # noqa: T201
+    rows = [
+        row("steps encoded, sent, decoded", "steps/s", steps),
+        row("token rows so delivered", "rows/s", [rate * ROWS for rate in steps]),
+        row(f"messages of {len(encode(STEP)):,} bytes, uncoded", "msg/s", messages),
+        row("messages of 200 bytes, uncoded", "msg/s", small),
+        row("request/reply p50", "us", [trips[len(trips) // 2]]),
+        row("request/reply p99", "us", [trips[len(trips) * 99 // 100]]),
+        row("memory read", "GB/s", memory),
+    ]
+    print_table(f"Bus: a real server, both ends in one process, {ROUNDS} rounds", HEAD, rows)
     assert target.stats.dropped == 0
     await source.close()
     await target.close()

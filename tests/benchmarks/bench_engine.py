@@ -4,8 +4,6 @@ For each batch and context: tokens/s of both, the median of the rounds' ratios a
 spans its target shows nothing. Each round also tells how fast memory can be read just then.
 """
 
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from mell_gpu_worker.engine.torch_engine import TorchEngine, load_torch_engine
 from mell_gpu_worker.model_store import pull
 from mell_shared.messages.sampling import SamplingParams
 from mell_shared.models import default_model_dir
+from tests.benchmarks.figures import memory_read_gb_per_s, print_table, spread
 
 ROUNDS = 5
 NEW_TOKENS = 12
@@ -94,38 +93,35 @@ def _random_cache(setup: Setup, batch: int, tokens: int) -> DynamicCache:
     return cache
 
 
-def _memory_gb_per_s() -> float:
-    data = torch.ones(16_000_000)
-    began = time.perf_counter()
-    data.sum()
-    return 0.064 / (time.perf_counter() - began)
+def _row(name: str, tokens: int, ours: list[float], theirs: list[float], memory: list[float]) -> list[str]:
+    """Return a table's row from the seconds that both took for so many tokens in each round."""
+    rates = [[tokens / time_s for time_s in times] for times in (ours, theirs)]
+    ratios = [our / their for our, their in zip(*rates, strict=True)]
+    return [name, *(spread(rate) for rate in rates), spread(ratios, 2), spread(memory, 1)]
 
 
-def _tell(name: str, tokens: int, ours: list[float], theirs: list[float], memory: list[float]) -> None:
-    ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
-    our, their = (tokens / statistics.median(times) for times in (ours, theirs))
-    sys.stdout.write(
-        f"\n{name}: engine {our:.0f} tok/s, generate {their:.0f} tok/s, "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"memory {min(memory):.0f} to {max(memory):.0f} GB/s"
-    )
+def _tell(rows: list[list[str]]) -> None:
+    head = ("what", "engine, tokens/s", "transformers, tokens/s", "ratio", "memory read, GB/s")
+    print_table(f"Engine on the default model, {ROUNDS} rounds", head, rows)
 
 
 @pytest.mark.benchmark
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("context", [64, 500])
-@pytest.mark.parametrize("batch", [1, 8, 32])
-def test_decode(setup: Setup, batch: int, context: int) -> None:
-    """Decode tokens/s of a full batch at one context."""
+def test_decode(setup: Setup) -> None:
+    """Decode tokens/s of full batches, each at one context."""
+    _tell([_decode(setup, batch, context) for batch in (1, 8, 32) for context in (64, 500)])
+
+
+def _decode(setup: Setup, batch: int, context: int) -> list[str]:
     prompts = _prompts(batch, context, setup.vocab)
     cache = _random_cache(setup, batch, context - 1)
     setup.engine.pool.data[:-1].normal_()
     ours, theirs, memory = [], [], []
     for _ in range(ROUNDS):
-        memory.append(_memory_gb_per_s())
+        memory.append(memory_read_gb_per_s())
         ours.append(_engine_decode_s(setup, prompts))
         theirs.append(_generate_decode_s(setup, prompts, cache))
-    _tell(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, ours, theirs, memory)
+    return _row(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, ours, theirs, memory)
 
 
 @pytest.mark.benchmark
@@ -135,7 +131,7 @@ def test_prefill(setup: Setup) -> None:
     prompt = _prompts(1, PREFILL, setup.vocab)
     ours, theirs, memory = [], [], []
     for _ in range(ROUNDS):
-        memory.append(_memory_gb_per_s())
+        memory.append(memory_read_gb_per_s())
         began = time.perf_counter()
         setup.engine.execute(_rows(prompt, PREFILL, 0))
         ours.append(time.perf_counter() - began)
@@ -143,4 +139,4 @@ def test_prefill(setup: Setup) -> None:
         with torch.inference_mode():
             setup.model(torch.tensor(prompt), logits_to_keep=1)
         theirs.append(time.perf_counter() - began)
-    _tell(f"prefill of {PREFILL} tokens", PREFILL, ours, theirs, memory)
+    _tell([_row(f"prefill of {PREFILL} tokens", PREFILL, ours, theirs, memory)])

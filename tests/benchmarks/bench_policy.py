@@ -1,6 +1,5 @@
 """How fast the policies decide: arrivals, reports and epochs at 10 to 10,000 GPUs of 100 requests each."""
 
-import sys
 from collections.abc import Callable, Sequence
 from random import Random
 from time import perf_counter_ns
@@ -13,11 +12,12 @@ from mell_scheduler.sim.driver import PolicyDriver
 from mell_scheduler.sim.memory import MemoryRun, MemorySettings
 from mell_scheduler.sim.requests import US_PER_S, Request, Workload
 from mell_scheduler.sim.series import percentile
+from tests.benchmarks.figures import print_table
 
 CAPACITY = 10_000
 PER_GPU = 100
-HEAD = "   GPUs    arr p50    arr p99     report     depart      epoch"
-BUSY_HEAD = "   GPUs    arr p99     report      epoch      total"
+HEAD = ("GPUs", "arrival p50, us", "arrival p99, us", "report, us", "departure, us", "epoch, ms")
+BUSY_HEAD = ("GPUs", "arrival p99, us", "report, us", "epoch, ms", "all of a second, ms")
 POLICIES = ("repack", "mell", "load-balance-drain", "best-fit")
 
 
@@ -79,7 +79,7 @@ def report(policy: Policy, gpus: int) -> Callable[[int], object]:
 @pytest.mark.benchmark
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", POLICIES)
-def test_decisions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decisions(name: str) -> None:
     """A table of microseconds; arrivals p99, reports mean, departures mean, epochs mean."""
     rows = []
     for gpus in (10, 100, 1_000):
@@ -89,13 +89,15 @@ def test_decisions(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         arrivals, departures = arrivals_and_departures(policy, 2_000)
         reports = timed(report(policy, gpus), 2_000)
         epochs = timed(lambda _, p=policy: settle(p), 3)  # type: ignore[misc]
-        rows.append(
-            f"{gpus:>7} {percentile(arrivals, 0.5):>10.1f} {percentile(arrivals, 0.99):>10.1f}"
-            f" {sum(reports) / len(reports):>10.1f} {sum(departures) / len(departures):>10.1f}"
-            f" {sum(epochs) / len(epochs) / 1e3:>10.1f}"
-        )
-    with capsys.disabled():
-        sys.stdout.write(f"\n{name}: microseconds, epochs in milliseconds\n{HEAD}\n" + "\n".join(rows) + "\n")
+        figures = [
+            percentile(arrivals, 0.5),
+            percentile(arrivals, 0.99),
+            sum(reports) / len(reports),
+            sum(departures) / len(departures),
+            sum(epochs) / len(epochs) / 1e3,
+        ]
+        rows.append([f"{gpus:,}", *(f"{figure:,.1f}" for figure in figures)])
+    print_table(f"Policy {name}, {PER_GPU} requests on each GPU", HEAD, rows)
 
 
 class Stopwatch(PolicyDriver):
@@ -139,7 +141,7 @@ def busy(gpus: int, seconds: int) -> Workload:
 @pytest.mark.benchmark
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["repack", "mell"])
-def test_a_busy_second(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_second(name: str) -> None:
     """A full cluster in steady state: what all decisions of one second take, by size."""
     rows = []
     for gpus in (10, 100, 1_000):
@@ -150,9 +152,11 @@ def test_a_busy_second(name: str, capsys: pytest.CaptureFixture[str]) -> None:
                 watch.spent = {kind: [] for kind in watch.spent}
         arrivals, reports, epochs = (watch.spent[kind] for kind in ("arrival", "report", "epoch"))
         total_ms = (sum(arrivals) + sum(reports) + sum(epochs)) / len(epochs) / 1e3
-        rows.append(
-            f"{run.series.gpus[-1]:>7} {percentile(arrivals, 0.99):>10.1f} {sum(reports) / len(reports):>10.1f}"
-            f" {sum(epochs) / len(epochs) / 1e3:>10.1f} {total_ms:>10.1f}"
-        )
-    with capsys.disabled():
-        sys.stdout.write(f"\n{name}, one busy second: us, us, ms, ms\n{BUSY_HEAD}\n" + "\n".join(rows) + "\n")
+        figures = [
+            percentile(arrivals, 0.99),
+            sum(reports) / len(reports),
+            sum(epochs) / len(epochs) / 1e3,
+            total_ms,
+        ]
+        rows.append([f"{run.series.gpus[-1]:,}", *(f"{figure:,.1f}" for figure in figures)])
+    print_table(f"Policy {name}, one second of a busy cluster in steady state", BUSY_HEAD, rows)

@@ -1,6 +1,5 @@
 """Time of the scheduler core: a placement, a report of 100 sequences, a tick; at 10, 100 and 1,000 workers."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from mell_shared.messages.scheduler import (
     WorkerReport,
     WorkerSpec,
 )
+from tests.benchmarks.figures import print_table, spread
 
 pytestmark = pytest.mark.benchmark
 
@@ -26,10 +26,10 @@ BLOCKS = 40
 """Of each sequence; a worker holds 100 of them and a little more."""
 
 
-def told(name: str, figures: list[float]) -> None:
-    """Print a median in microseconds with its range over the rounds."""
-    low, high = min(figures), max(figures)
-    print(f"{name:60} {statistics.median(figures):9,.1f} us ({low:,.1f} to {high:,.1f}, {len(figures)} rounds)")  # noqa: T201
+def tell(what: str, rows: dict[str, list[float]]) -> None:
+    """Print a table of microseconds, median and range over the rounds."""
+    lines = [[event, spread(figures, 1)] for event, figures in rows.items()]
+    print_table(f"Scheduler core, {what}, {ROUNDS} rounds", ["event", "us"], lines)
 
 
 class Busy:
@@ -102,7 +102,6 @@ def test_decisions(workers: int, policy: str) -> None:
     """Print the core's time for each kind of event on a busy cluster."""
     busy = Busy(workers, policy)
     core = busy.core
-    name = f"{policy}, {workers} workers"
     place_us, finish_us, report_us, tick_us = [], [], [], []
     for turn in range(ROUNDS):
         asks = [ask(turn * 1_000 + number) for number in range(100)]
@@ -121,10 +120,13 @@ def test_decisions(workers: int, policy: str) -> None:
         reports = busy.reports()
         report_us.append(timed_us(lambda reports=reports: [core.handle(r, busy.now_us) for r in reports]) / workers)
         tick_us.append(timed_us(lambda: core.handle(Tick(), busy.now_us)))
-    told(f"place, {name}", place_us)
-    told(f"sequence finished, {name}", finish_us)
-    told(f"report of {SEQUENCES} sequences, {name}", report_us)
-    told(f"tick, {name}", tick_us)
+    rows = {
+        "place": place_us,
+        "sequence finished": finish_us,
+        f"report of {SEQUENCES} sequences": report_us,
+        "tick": tick_us,
+    }
+    tell(f"{policy}, {workers:,} workers", rows)
 
 
 @pytest.mark.parametrize("workers", [10, 1_000])
@@ -141,22 +143,21 @@ def test_full_queue(workers: int) -> None:
     waiting = [ask(number + index, 7_000 + index % 64) for index in range(1, 1_000)]
     for event in waiting:
         core.handle(event, busy.now_us)
-    report_us, repeat_us = [], []
+    report_us, repeat_us, tick_us = [], [], []
     for turn in range(ROUNDS):
         busy.now_us += 100_000
-        tick_us = timed_us(lambda: core.handle(Tick(), busy.now_us))
+        tick_us.append(timed_us(lambda: core.handle(Tick(), busy.now_us)))
         repeats = [PlaceRequested(f"{event.handle}-{turn}", event.request) for event in waiting[:200]]
         repeat_us.append(timed_us(lambda r=repeats: [core.handle(event, busy.now_us) for event in r]) / 200)
         reports = busy.reports()[:10]
         report_us.append(timed_us(lambda r=reports: [core.handle(event, busy.now_us) for event in r]) / 10)
     assert len(core.waiting) == 1_000
-    told(f"repeat of a waiting request, 1,000 wait, {workers} workers", repeat_us)
-    told(f"report while 1,000 wait, {workers} workers", report_us)
-    told(f"tick while 1,000 wait, {workers} workers", [tick_us])
+    rows = {"repeat of a waiting request": repeat_us, "report": report_us, "tick": tick_us}
+    tell(f"best-fit, {workers:,} workers, 1,000 requests wait", rows)
 
 
 def test_door() -> None:
     """Print what decoding a report costs, which the service pays besides the core."""
     data = encode(Busy(1, "best-fit").reports()[0])
     figures = [timed_us(lambda: [decode(SCHEDULER_EVENT, data) for _ in range(50)]) / 50 for _ in range(ROUNDS)]
-    told(f"decode a report of {SEQUENCES} sequences ({len(data)} bytes)", figures)
+    tell("at its door", {f"decode a report of {SEQUENCES} sequences, {len(data):,} bytes": figures})
