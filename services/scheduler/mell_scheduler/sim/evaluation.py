@@ -166,7 +166,7 @@ def move_time_table(setting: Setting) -> str:
 def equal_slo_table(model: str, gpu: str, seeds: Iterable[int]) -> str:
     """GPU-hours per hour at equal objectives, the same search for every policy; mean and range over seeds."""
     roofline = Roofline.of(model, gpu)
-    window = Window(900.0, 2_100.0)
+    window = Window(600.0, 1_500.0)
     found: dict[str, list[tuple[float, str]]] = {}
     for seed in seeds:
         workload = prepare("paper:1.1", Scaling(seed=seed), roofline.capacity_tokens)

@@ -14,8 +14,8 @@ ATTAINMENT = 0.99
 """Share of requests that must meet all objectives."""
 DRAIN_S = 600.0
 """How long after the last arrival a request may still finish."""
-HEAD_ROOMS = (0.0, 0.05, 0.1, 0.2, 0.3)
-SPARES = (1, 2, 3, 4, 6, 8, 10, 13, 16)
+HEAD_ROOMS = (0.0, 0.1, 0.2)
+SPARES = (3, 4, 5, 6, 7, 8, 10)
 
 MakeDriver = Callable[[str, PolicySettings], Driver]
 
