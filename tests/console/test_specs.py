@@ -66,10 +66,17 @@ def test_variables_of_single_services_are_passed_on() -> None:
     assert "MELL_METRICS_PORT" not in environment
 
 
+def test_a_model_is_pulled_by_our_own_command_into_the_stack_s_folder() -> None:
+    """The download runs as `mell model pull` in a process that can be ended, and tells its progress as JSON."""
+    spec = launch("--model-dir", "/models").pull("org/model")
+    assert spec.arguments[1:] == ("-m", "mell_console", "model", "pull", "org/model", "--log-format", "json")
+    assert spec.environment["MELL_MODEL_DIR"] == "/models"
+
+
 @pytest.mark.parametrize("flags", [["--model", "a", "--model", "b"], ["--model", "a,b"], ["--model=a, b"]])
 def test_models_can_be_repeated_or_listed(flags: list[str]) -> None:
     """A flag given twice and one with commas mean the same."""
-    assert UpSettings.from_command_line(flags).model == ("a", "b")
+    assert UpSettings.from_command_line(flags).model == ["a", "b"]
 
 
 def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +85,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MELL_WORKERS", "5")
     monkeypatch.setenv("MELL_MODEL_DIR", "/models")
     settings = UpSettings.from_command_line(["--workers", "3"])
-    assert (settings.model, settings.workers, settings.model_dir) == (("a", "b"), 3, Path("/models"))
+    assert (settings.model, settings.workers, settings.model_dir) == (["a", "b"], 3, Path("/models"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A container engine of one's own for the tests: started bare, without a registry, and removed without a trace."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -75,12 +76,15 @@ def import_base_image(host: str, cache: Path) -> str:
 
 def fill_wheelhouse(cache: Path) -> Path:
     """Return a folder with every wheel that the images need, as this environment's pip finds them."""
-    wheels = cache / "wheels"
+    constraints = REPOSITORY / "requirements" / "constraints.txt"
+    asked = (REPOSITORY / "pyproject.toml").read_bytes() + constraints.read_bytes()
+    wheels = cache / f"wheels-{hashlib.sha256(asked).hexdigest()[:12]}"
     if not wheels.is_dir():
         partial = cache / "wheels.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         what = [f"{REPOSITORY}[frontend,gpu-worker,console]", "hatchling"]
-        constraints = ["-c", str(REPOSITORY / "requirements" / "constraints.txt")]
-        command(sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(partial), *constraints, *what)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(partial)]
+        command(*pip, "-c", str(constraints), *what)
         partial.rename(wheels)
     return wheels
 

@@ -124,7 +124,7 @@ def _triton(facts: Facts) -> Check:
 def _ucx(facts: Facts) -> Check:
     if facts.ucx_version:
         return Check("UCX", "good", facts.ucx_version)
-    advice = "pip install ucxx-cu12: it moves KV caches between workers; serving works without"
+    advice = "pip install 'mell[ucx]' to move KV between workers faster; without it they use plain TCP"
     return Check("UCX", "could be better", facts.ucx_problem or "not installed", advice)
 
 

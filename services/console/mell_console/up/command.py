@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
 
 def _plan(settings: UpSettings) -> StackPlan:
     """Decide everything before anything is started; raises `PlanError`, `StartError`."""
-    models = settings.model or ((FAKE_MODEL,) if settings.engine == "fake" else (DEFAULT_MODEL,))
+    models = settings.model or [FAKE_MODEL if settings.engine == "fake" else DEFAULT_MODEL]
     wish = Wish(
-        models=models,
+        models=tuple(models),
         workers=settings.workers,
         engine=settings.engine,
-        served_names=settings.served_model_name,
+        served_names=tuple(settings.served_model_name),
         devices=settings.devices,
         memory_share=settings.memory_share,
     )

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 _STYLES = {"warning": "yellow", "error": "red", "critical": "red", "info": "dim"}
 
@@ -62,6 +63,15 @@ class PlainScreen:
         """Nothing is being drawn."""
 
 
+class _SecondsColumn(ProgressColumn):
+    """How long a step has taken, to a tenth of a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the time since the step began, or that it took."""
+        took_s = task.finished_time if task.finished else task.elapsed
+        return Text(f"{took_s or 0.0:.1f} s", style="dim")
+
+
 class TerminalScreen:
     """A spinner for each step that runs, its time, and a tick when it is done."""
 
@@ -71,7 +81,7 @@ class TerminalScreen:
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}"),
             TextColumn("[dim]{task.fields[detail]}[/dim]"),
-            TimeElapsedColumn(),
+            _SecondsColumn(),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}

@@ -1,24 +1,13 @@
 """What `mell up` can be told."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from mell_shared.models import DEFAULT_MODEL, default_model_dir
-from mell_shared.settings import CommandLineSettings
-
-
-def _split(value: object) -> object:
-    """Let `--model a --model b`, `--model a,b` and MELL_MODEL=a,b mean the same."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple):
-        return value
-    return [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
-
-
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+from mell_shared.settings import CommandLineSettings, StringList
 
 
 class UpSettings(CommandLineSettings):
@@ -26,8 +15,8 @@ class UpSettings(CommandLineSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="mell up")
 
-    model: Names = Field((), description=f"Model to serve, may be repeated; {DEFAULT_MODEL} if none is named.")
-    served_model_name: Names = Field((), description="Names that clients use instead, one for each --model.")
+    model: StringList = Field([], description=f"Model to serve, may be repeated; {DEFAULT_MODEL} if none is named.")
+    served_model_name: StringList = Field([], description="Names that clients use instead, one for each --model.")
     engine: Literal["torch", "fake"] = Field("torch", description="`fake` needs no model: it invents text.")
     workers: int = Field(2, ge=1, le=256, description="GPU workers; models and GPUs are dealt out in turn.")
     host: str = Field("127.0.0.1", description="Interface of the HTTP port; 0.0.0.0 lets others in.")
