@@ -13,7 +13,7 @@ FRAME_BYTES = 64
 VERSION = 1
 _MAGIC = b"MELLKV"
 
-_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQ16x")
+_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQQ8x")
 _VERDICT = struct.Struct("<6sHBxHQ44x")
 _CHUNK = struct.Struct("<BBxxIIIQQQ24x")
 _MARK = struct.Struct("<BxxxIQ48x")
@@ -39,28 +39,29 @@ CORRUPTED, SENSELESS = FAILURES
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The source's first frame."""
+    """The source's first frame; `tag` is where it expects the target's frames (UCX)."""
 
     secret: bytes
     size_bytes: int
+    tag: int = 0
     version: int = VERSION
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _HELLO.pack(_MAGIC, self.version, self.secret, self.size_bytes)
+        return _HELLO.pack(_MAGIC, self.version, self.secret, self.size_bytes, self.tag)
 
     @classmethod
     def decode(cls, frame: bytes) -> "Hello":
         """Read a frame; raises `ProtocolError` if it is none of ours."""
-        magic, version, secret, size_bytes = _HELLO.unpack(frame)
+        magic, version, secret, size_bytes, tag = _HELLO.unpack(frame)
         if magic != _MAGIC:
             raise ProtocolError("the first bytes are not those of a Mell worker")
-        return cls(secret, size_bytes, version)
+        return cls(secret, size_bytes, tag, version)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The target's answer to a `Hello`; `tag` is where an accepted source's payloads are expected (UCX)."""
+    """The target's answer to a `Hello`; `tag` is where it expects an accepted source's messages (UCX)."""
 
     code: int
     tag: int = 0

@@ -99,12 +99,11 @@ class LinkIncoming:
         self._slots = None
         self._changed.set()
 
-    async def serve(self, link: Link, tag: int) -> None:
+    async def serve(self, link: Link) -> None:
         """Accept `link` and receive rounds from it until it, or the transfer, ends. Run in `task`."""
         self._link = link
-        link.tagged(tag)
         try:
-            await link.send_frame(Verdict(ACCEPTED, tag).encode())
+            await link.send_frame(Verdict(ACCEPTED, link.inbox).encode())
             while self._over is None:
                 await self._frame(link, await link.receive_frame())
         except (LinkLostError, CorruptedError, ProtocolError) as error:

@@ -13,8 +13,13 @@ from mell_gpu_worker.transport.regions import Region
 class Link(Protocol):
     """One connection between two workers, used by one task at a time in each direction."""
 
-    def tagged(self, tag: int) -> None:
-        """Learn the tag under which payloads travel, agreed in the greeting; TCP needs none."""
+    @property
+    def inbox(self) -> int:
+        """The tag under which the peer has to send, told in the greeting; 0 where there are none."""
+        ...
+
+    def greeted(self, inbox: int) -> None:
+        """Learn the peer's `inbox`."""
         ...
 
     async def send_frame(self, frame: bytes) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from mell_gpu_worker.transport.addresses import Address
 from mell_gpu_worker.transport.base import Incoming, LinkLostError, Outgoing, Tell, TransportOptions
-from mell_gpu_worker.transport.frames import Hello
 from mell_gpu_worker.transport.outgoing import greet
 from mell_gpu_worker.transport.reception import Reception
 from mell_gpu_worker.transport.regions import HostRegion, Region
@@ -72,8 +71,13 @@ class MemoryLink:
         self.back = back
         self._closed = False
 
-    def tagged(self, tag: int) -> None:
-        """Nothing to learn: payloads follow their frames."""
+    @property
+    def inbox(self) -> int:
+        """None is needed: a connection has one peer."""
+        return 0
+
+    def greeted(self, inbox: int) -> None:
+        """Nothing to learn."""
 
     async def send_frame(self, frame: bytes) -> None:
         """Send one frame."""
@@ -159,6 +163,7 @@ class MemoryTransport:
         self._network = network
         self._address = address
         self._options = options
+        self._links: list[MemoryLink] = []
 
     @property
     def address(self) -> str:
@@ -176,10 +181,16 @@ class MemoryTransport:
 
     async def connect(self, address: str, secret: bytes, size_bytes: int, timeout_s: float) -> Outgoing:
         """Connect to an offer, as `Transport.connect`."""
-        opening = self._network.open_link(address)
-        return await greet(opening, Hello(secret, size_bytes), self._options, timeout_s)
+        return await greet(self._open_link(address), secret, size_bytes, self._options, timeout_s)
+
+    async def _open_link(self, address: str) -> MemoryLink:
+        link = await self._network.open_link(address)
+        self._links.append(link)
+        return link
 
     async def close(self) -> None:
-        """Leave the network and end every transfer that comes in."""
+        """Leave the network and end every transfer."""
         self._network.forget(self._address)
+        for link in self._links:
+            link.close()
         await self.reception.close()

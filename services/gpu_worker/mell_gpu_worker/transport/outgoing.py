@@ -32,14 +32,16 @@ from mell_gpu_worker.transport.link import Link
 from mell_gpu_worker.transport.regions import Region, region_of
 
 
-async def greet(opening: Awaitable[Link], hello: Hello, options: TransportOptions, timeout_s: float) -> "LinkOutgoing":
+async def greet(
+    opening: Awaitable[Link], secret: bytes, size_bytes: int, options: TransportOptions, timeout_s: float
+) -> "LinkOutgoing":
     """Open a link and say hello; return the transfer if it was accepted, else close the link and raise."""
     link: Link | None = None
     try:
         async with asyncio.timeout(timeout_s):
             link = await opening
-            await link.send_frame(hello.encode())
-            link.tagged(_accepted(await link.receive_frame()))
+            await link.send_frame(Hello(secret, size_bytes, link.inbox).encode())
+            link.greeted(_accepted(await link.receive_frame()))
     except BaseException as error:
         if link is not None:
             link.close()
@@ -50,7 +52,7 @@ async def greet(opening: Awaitable[Link], hello: Hello, options: TransportOption
 
 
 def _accepted(frame: bytes) -> int:
-    """Return the tag for payloads; raises `RefusedError` with the target's reason."""
+    """Return the target's inbox; raises `RefusedError` with the target's reason."""
     verdict = Verdict.decode(frame)
     if verdict.code != ACCEPTED:
         raise RefusedError(REFUSALS[verdict.code])

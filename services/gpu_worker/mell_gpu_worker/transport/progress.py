@@ -31,6 +31,10 @@ class UcxWorker(Protocol):
         """Move data; whether anything moved."""
         ...
 
+    def cancel_inflight_requests(self) -> int:
+        """Cancel the requests of endpoints that have failed; others go on."""
+        ...
+
     def arm(self) -> bool:
         """Ask for an event; False if there is something to do already."""
         ...
@@ -93,6 +97,8 @@ class ProgressDriver:
 
     def settle(self, requests: list[Pending], moves: int) -> bool:
         """Progress here and now until `requests` are completed; whether they all were within `moves`."""
+        # An endpoint that failed has its requests on a list of those to be cancelled, which nobody else works off.
+        self._worker.cancel_inflight_requests()
         for _ in range(moves):
             if all(pending.request.completed for pending in requests):
                 break
@@ -101,10 +107,12 @@ class ProgressDriver:
         return all(pending.request.completed for pending in requests)
 
     def close(self) -> None:
-        """Stop driving."""
+        """Stop driving and let go of the worker; every request must have been settled."""
         self._closed = True
         self._tick.cancel()
         self._loop.remove_reader(self._descriptor)
+        self._complete()
+        del self._worker
 
     def _on_tick(self) -> None:
         self._tick = self._loop.call_later(_TICK_S, self._on_tick)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +86,7 @@ class Reception:
         try:
             incoming = await self._greet(link)
             if incoming is not None:
-                # Payloads of two transfers, or of a stranger who guesses, never meet under one tag.
-                await incoming.serve(link, secrets.randbits(40) << 24)
+                await incoming.serve(link)
         finally:
             link.close()
 
@@ -97,6 +95,7 @@ class Reception:
         try:
             async with asyncio.timeout(self._options.hello_timeout_s):
                 hello = Hello.decode(await link.receive_frame())
+                link.greeted(hello.tag)
                 code, incoming = self._judge(hello)
                 if incoming is None:
                     self._tell("transport_refused", {"reason": REFUSALS[code]})

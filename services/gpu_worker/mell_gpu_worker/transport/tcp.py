@@ -9,10 +9,11 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from weakref import WeakSet
 
 from mell_gpu_worker.transport.addresses import Address
 from mell_gpu_worker.transport.base import Incoming, LinkLostError, Outgoing, Tell, TransportOptions
-from mell_gpu_worker.transport.frames import FRAME_BYTES, Hello
+from mell_gpu_worker.transport.frames import FRAME_BYTES
 from mell_gpu_worker.transport.outgoing import greet
 from mell_gpu_worker.transport.reception import Reception
 from mell_gpu_worker.transport.regions import HostRegion, Region
@@ -32,8 +33,13 @@ class TcpLink:
         self._in_use = 0
         self._closed = False
 
-    def tagged(self, tag: int) -> None:
-        """Nothing to learn: payloads follow their frames."""
+    @property
+    def inbox(self) -> int:
+        """None is needed: a connection has one peer."""
+        return 0
+
+    def greeted(self, inbox: int) -> None:
+        """Nothing to learn."""
 
     async def send_frame(self, frame: bytes) -> None:
         """Send one frame."""
@@ -124,6 +130,7 @@ class TcpTransport:
         self._reception = Reception(options, tell)
         self._tell = tell
         self._listening = listening
+        self._links: WeakSet[TcpLink] = WeakSet()
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
     @classmethod
@@ -152,14 +159,21 @@ class TcpTransport:
     async def connect(self, address: str, secret: bytes, size_bytes: int, timeout_s: float) -> Outgoing:
         """Connect to an offer, as `Transport.connect`."""
         peer = Address.parse(address, "tcp")
-        return await greet(_open_link(peer), Hello(secret, size_bytes), self._options, timeout_s)
+        return await greet(self._open_link(peer), secret, size_bytes, self._options, timeout_s)
 
     async def close(self) -> None:
-        """Stop listening and end every transfer that comes in; `Outgoing`s are closed by their owners."""
+        """Stop listening and end every transfer."""
         self._accepting.cancel()
         await asyncio.wait((self._accepting,))
         self._listening.close()
+        for link in tuple(self._links):
+            link.close()
         await self._reception.close()
+
+    async def _open_link(self, peer: Address) -> TcpLink:
+        link = await open_link(peer)
+        self._links.add(link)
+        return link
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -174,7 +188,8 @@ class TcpTransport:
             self._reception.arrived(TcpLink(sock))
 
 
-async def _open_link(peer: Address) -> TcpLink:
+async def open_link(peer: Address) -> TcpLink:
+    """Connect a socket; raises `LinkLostError`."""
     loop = asyncio.get_running_loop()
     sock = None
     try:

@@ -1,14 +1,20 @@
 """KV over UCX (ucxx): host memory over TCP or RDMA, CUDA memory over whatever UCX finds (NVLink, CUDA IPC, RDMA).
 
 The only module that imports ucxx, and ucxx's low-level one at that, for its own event loop support keeps a core busy
-(see `progress`); hence the narrow version range. Frames travel in each endpoint's stream, so they are surely its
-peer's; payloads are tagged messages straight from and into the lent memory, under random tags agreed in the greeting.
+(see `progress`); hence the narrow version range.
+
+UCX matches tagged messages per worker, not per endpoint: so each link has a random 40-bit *inbox*, told to the peer in
+the greeting, and the tags below it are that peer's alone; one for frames, one for each payload, straight from and into
+the lent memory. Only the first frame, which brings the inbox, travels in the endpoint's stream. (Not all of them: a
+stream receive that is pending when its endpoint is closed makes ucxx keep the whole worker for ever.)
 """
 
 import asyncio
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 # Read by UCX when its library is loaded, so they have to be set before the import below.
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
@@ -20,46 +26,70 @@ from ucxx.types import Tag
 
 from mell_gpu_worker.transport.addresses import Address
 from mell_gpu_worker.transport.base import Incoming, LinkLostError, Outgoing, Tell, TransportOptions
-from mell_gpu_worker.transport.frames import FRAME_BYTES, Hello
+from mell_gpu_worker.transport.frames import FRAME_BYTES
 from mell_gpu_worker.transport.outgoing import greet
 from mell_gpu_worker.transport.progress import Pending, ProgressDriver
 from mell_gpu_worker.transport.reception import Reception
 from mell_gpu_worker.transport.regions import Region
 
 _FEATURES = (ucx.Feature.TAG, ucx.Feature.STREAM, ucx.Feature.WAKEUP)
+_TAG_BITS = 24
+_PAYLOAD_TAGS = 2**_TAG_BITS - 1
 _CLOSE_NS = 10**9
 _CLOSE_MOVES = 100_000
 """Progress calls within which a closed endpoint's requests are completed; 2 are usual."""
 
 
 class UcxLink:
-    """One endpoint: frames in its stream, payloads as tagged messages, several at once."""
+    """One endpoint: frames and payloads as tagged messages, several payloads at once."""
 
-    def __init__(self, endpoint: Any, driver: ProgressDriver, in_flight: int) -> None:
+    def __init__(self, endpoint: Any, driver: ProgressDriver, in_flight: int, *, accepted: bool) -> None:
         self._endpoint = endpoint
         self._driver = driver
         self._loop = asyncio.get_running_loop()
-        self._tag = 0
+        self._inbox = secrets.randbits(40) << _TAG_BITS
+        self._outbox = 0
+        self._greeting_due = True
+        self._accepted = accepted
         self._posts = self._fills = 0
         self._posting = Flight(in_flight)
         self._filling = Flight(in_flight)
         self._pending: set[Pending] = set()
+        # UCX tells of a lost peer here; ucxx does not always cancel tagged receives then, but a close does.
+        endpoint.set_close_callback(lambda: self._loop.call_soon(self.close))
 
-    def tagged(self, tag: int) -> None:
-        """Learn under which tags payloads travel."""
-        self._tag = tag
+    @property
+    def inbox(self) -> int:
+        """The tag under which the peer's frames come; payloads count up from there."""
+        return self._inbox
+
+    def greeted(self, inbox: int) -> None:
+        """Learn under which tags the peer wants its messages."""
+        self._outbox = inbox
 
     async def send_frame(self, frame: bytes) -> None:
         """Send one frame."""
-        await self._frame("stream_send", memoryview(frame))
+        if self._is_greeting(sending=True):
+            await self._frame("stream_send", memoryview(frame), ())
+        else:
+            await self._frame("tag_send", memoryview(frame), (self._outbox,))
 
     async def receive_frame(self) -> bytes:
         """Return the next frame."""
         frame = bytearray(FRAME_BYTES)
-        await self._frame("stream_recv", memoryview(frame))
+        if self._is_greeting(sending=False):
+            await self._frame("stream_recv", memoryview(frame), ())
+        else:
+            await self._frame("tag_recv", memoryview(frame), (self._inbox,))
         return bytes(frame)
 
-    async def _frame(self, operation: str, view: memoryview) -> None:
+    def _is_greeting(self, *, sending: bool) -> bool:
+        if sending == self._accepted or not self._greeting_due:
+            return False
+        self._greeting_due = False
+        return True
+
+    async def _frame(self, operation: str, view: memoryview, tags: tuple[int, ...]) -> None:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def finished(error: Exception | None) -> None:
@@ -70,14 +100,14 @@ class UcxLink:
             else:
                 future.set_exception(_lost(error))
 
-        self._start(operation, view, finished)
+        self._start(operation, view, finished, *tags)
         await future
 
     async def post(self, frame: bytes, payload: Region) -> None:
         """Start to send a frame and its payload, once fewer than the window's chunks are under way."""
         await self._posting.take_off()
-        self._start("stream_send", memoryview(frame), self._posting.noted)
-        self._start("tag_send", payload.raw, self._posting.landed, self._tag + self._posts)
+        self._start("tag_send", memoryview(frame), self._posting.noted, self._outbox)
+        self._start("tag_send", payload.raw, self._posting.landed, self._outbox + self._posts % _PAYLOAD_TAGS + 1)
         self._posts += 1
 
     async def posted(self) -> None:
@@ -93,23 +123,20 @@ class UcxLink:
                 landed()
             self._filling.landed(error)
 
-        self._start("tag_recv", target.raw, finished, self._tag + self._fills)
+        self._start("tag_recv", target.raw, finished, self._inbox + self._fills % _PAYLOAD_TAGS + 1)
         self._fills += 1
 
     async def filled(self) -> None:
         """Wait until every payload has landed."""
         await self._filling.all_landed()
 
-    def _start(
-        self, operation: str, memory: Any, finished: Callable[[Exception | None], None], tag: int | None = None
-    ) -> None:
+    def _start(self, operation: str, memory: Any, finished: Callable[[Exception | None], None], *tags: int) -> None:
         if self._endpoint is None:
             raise LinkLostError("the connection is closed")
         array = Array(memory)
         assert array.c_contiguous
-        tags = () if tag is None else (Tag(tag),)
         try:
-            request = getattr(self._endpoint, operation)(array, *tags)
+            request = getattr(self._endpoint, operation)(array, *map(Tag, tags))
         except ucx.UCXError as error:
             raise _lost(error) from error
 
@@ -125,6 +152,7 @@ class UcxLink:
         if self._endpoint is None:
             return
         endpoint, self._endpoint = self._endpoint, None
+        endpoint.remove_close_callback()
         endpoint.close_blocking(_CLOSE_NS, 1)
         settled = self._driver.settle(list(self._pending), _CLOSE_MOVES)
         assert settled, "UCX holds on to memory of a closed endpoint"
@@ -179,7 +207,8 @@ class UcxTransport:
     def __init__(self, options: TransportOptions, tell: Tell, context: Any) -> None:
         self._options = options
         self._reception = Reception(options, tell)
-        self._worker = ucx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
+        self._links: WeakSet[UcxLink] = WeakSet()
+        self._worker: Any = ucx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self._worker.init_blocking_progress_mode()
         self._driver = ProgressDriver(self._worker, ucx.UCXError)
         self._listener: Any = ucx.UCXListener.create(self._worker, options.port, self._arrived, deliver_endpoint=True)
@@ -217,26 +246,34 @@ class UcxTransport:
     async def connect(self, address: str, secret: bytes, size_bytes: int, timeout_s: float) -> Outgoing:
         """Connect to an offer, as `Transport.connect`."""
         peer = Address.parse(address, "ucx")
-        return await greet(self._open_link(peer), Hello(secret, size_bytes), self._options, timeout_s)
+        return await greet(self.open_link(peer), secret, size_bytes, self._options, timeout_s)
 
     async def close(self) -> None:
-        """Stop listening and end every transfer that comes in; `Outgoing`s are closed by their owners."""
+        """Stop listening, end every transfer, and let go of UCX."""
         self._listener = None
         await self._reception.close()
+        for link in tuple(self._links):
+            link.close()
         self._driver.close()
+        self._worker = None
 
     def _arrived(self, endpoint: Any) -> None:
         # Called from within progress, where an endpoint must not be closed.
-        link = UcxLink(endpoint, self._driver, self._options.chunks_in_flight)
+        link = UcxLink(endpoint, self._driver, self._options.chunks_in_flight, accepted=True)
         asyncio.get_running_loop().call_soon(self._reception.arrived, link)
 
-    async def _open_link(self, peer: Address) -> UcxLink:
+    async def open_link(self, peer: Address) -> UcxLink:
+        """Create an endpoint; raises `LinkLostError` if that fails at once, else the first frame will."""
+        if self._worker is None:
+            raise LinkLostError("the transport was closed here")
         try:
             found = await asyncio.get_running_loop().getaddrinfo(peer.host, peer.port)
             endpoint = ucx.UCXEndpoint.create(self._worker, found[0][4][0], peer.port, True)
         except (OSError, ucx.UCXError) as error:
             raise LinkLostError(f"no connection to {peer}: {error}") from error
-        return UcxLink(endpoint, self._driver, self._options.chunks_in_flight)
+        link = UcxLink(endpoint, self._driver, self._options.chunks_in_flight, accepted=False)
+        self._links.add(link)
+        return link
 
 
 def _configuration(options: TransportOptions) -> dict[str, str]:
