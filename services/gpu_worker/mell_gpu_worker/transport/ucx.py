@@ -250,6 +250,8 @@ class UcxTransport:
 
     async def close(self) -> None:
         """Stop listening, end every transfer, and let go of UCX."""
+        if self._worker is None:
+            return
         self._listener = None
         await self._reception.close()
         for link in tuple(self._links):
