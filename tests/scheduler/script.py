@@ -52,10 +52,10 @@ def place_request(sequence: str, tokens: int = 160, output: int | None = 16, **c
 class Script:
     """Drives one core by hand; `now_us` moves only when told."""
 
-    def __init__(self, *, head_room: float = 0.0, start_us: int = 0, **settings: int) -> None:
+    def __init__(self, policy: str = "best-fit", *, head_room: float = 0.0, start_us: int = 0, **settings: int) -> None:
         self.now_us = start_us
         self.settings = CoreSettings(**settings)
-        self.core = SchedulerCore(make_policy("best-fit", PolicySettings(head_room=head_room)), self.settings, start_us)
+        self.core = SchedulerCore(make_policy(policy, PolicySettings(head_room=head_room)), self.settings, start_us)
         self.specs: dict[str, WorkerSpec] = {}
         self.numbers: dict[str, int] = {}
         self._handles = 0

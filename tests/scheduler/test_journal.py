@@ -17,7 +17,13 @@ from mell_scheduler.core import (
 from mell_scheduler.core.journal import JournalError, event_line, header_line, read_event, replay
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.policy import PolicySettings
-from mell_shared.messages.scheduler import SequenceFinished, WorkerJoined, WorkerLeft
+from mell_shared.messages.scheduler import (
+    MigrationCommitted,
+    MigrationFailed,
+    SequenceFinished,
+    WorkerJoined,
+    WorkerLeft,
+)
 from tests.scheduler.script import place_request, placed, worker_report, worker_spec
 
 HEADER = header_line("best-fit", PolicySettings(head_room=0.1), CoreSettings())
@@ -28,6 +34,8 @@ EVENTS: list[Event] = [
     worker_report(worker_spec("w1"), 1, ("s9", 4, 160, 10)),
     PlaceRequested("inbox", place_request("s1", excluded=("w2",), waited_s=0.25)),
     Tick(),
+    MigrationCommitted(worker="w2", source="w1", migration="1-1", sequence="s9", generation=5, copied_bytes=7),
+    MigrationFailed(worker="w1", migration="1-2", sequence="s9", generation=4, reason="no_room"),
     SequenceFinished(worker="w1", sequence="s9", generation=4, reason="length"),
     WorkerLeft(worker="w1", reason="told to"),
     LeadershipEnded(),
@@ -62,7 +70,7 @@ def test_a_new_term_begins_with_an_empty_core() -> None:
     [
         ([], "line 1 is no journal header"),
         (["{}"], "line 1 is no journal header"),
-        ([HEADER.replace('"journal": 1', '"journal": 9')], "version 9"),
+        ([HEADER.replace('"journal": 2', '"journal": 9')], "version 9"),
         ([HEADER.replace("best-fit", "worst")], "unknown policy"),
         ([HEADER, "rubbish"], "line 2 is no event"),
         ([HEADER, '{"at_us": 1, "event": "nonsense"}'], "line 2 is no event"),

@@ -118,7 +118,7 @@ async def test_one_scheduler_without_a_lease(start: Start, connect_bus: BusFacto
         process = start("--lease", "off", url=url)
         assert (await asyncio.to_thread(ready, process))["role"] == "leader"
         bus = await NatsBus.connect(url)
-        assert (await status(bus)).policy == "best-fit"
+        assert (await status(bus)).policy == "repack"
         await bus.close()
         process.send_signal(signal.SIGINT)
         assert await asyncio.to_thread(process.wait, WAIT_S) == 0

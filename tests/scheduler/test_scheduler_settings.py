@@ -8,7 +8,8 @@ from mell_scheduler.settings import SchedulerSettings
 def test_the_defaults_are_the_cores() -> None:
     """One truth about defaults: what the core assumes is what the service sets."""
     assert SchedulerSettings().core_settings() == CoreSettings()
-    assert SchedulerSettings().policy_settings() == PolicySettings(head_room=0.1)
+    policy = PolicySettings(fixed_head_room=0.1, cooldown_epochs=5, max_moves_per_epoch=32)
+    assert SchedulerSettings().policy_settings() == policy
 
 
 def test_flags_reach_the_core() -> None:
@@ -17,7 +18,21 @@ def test_flags_reach_the_core() -> None:
     settings = SchedulerSettings.from_command_line(flags.split())
     core = settings.core_settings()
     assert (core.queue_hold_us, core.tpot_target_us, core.queue_limit) == (500_000, 80_000, 7)
-    assert (core.worker_lost_us, settings.policy_settings().head_room, settings.policy) == (20_000_000, 0, "worst-fit")
+    assert (core.worker_lost_us, settings.policy_settings().fixed_head_room, settings.policy) == (
+        20_000_000,
+        0,
+        "worst-fit",
+    )
+
+
+def test_moves_have_their_settings() -> None:
+    """Megabytes become bytes, and no limit on bytes is more than any epoch needs."""
+    flags = "--epoch-s 2 --link-mb-per-s 1250 --moving-head-room 0.05 --max-move-mb-per-epoch 2.5 --step-base-us 9"
+    settings = SchedulerSettings.from_command_line(flags.split())
+    core = settings.core_settings()
+    assert (core.epoch_us, core.link_bytes_per_s, core.step_base_ns) == (2_000_000, 1_250_000_000, 9_000)
+    assert (core.max_move_bytes_per_epoch, settings.policy_settings().head_room) == (2_500_000, 0.05)
+    assert SchedulerSettings().core_settings().max_move_bytes_per_epoch > 10**15
 
 
 def test_variables_reach_the_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,9 @@ class Tally:
         """By reason."""
         self.dropped: Counts[str] = Counts()
         """Messages that could not be used: by kind of fault."""
+        self.moves_begun = 0
+        self.moves_settled: Counts[str] = Counts()
+        """By outcome."""
         self.unsent = 0
         """Replies and commands that the bus did not take."""
 
@@ -41,6 +44,8 @@ class SchedulerCollector(Collector):
         yield CounterMetricFamily("mell_scheduler_queued", "Answers that there is no room yet.", tally.queued)
         yield _by("mell_scheduler_rejected", "Requests rejected.", "reason", tally.rejected)
         yield _by("mell_scheduler_dropped_messages", "Messages that could not be used.", "fault", tally.dropped)
+        yield CounterMetricFamily("mell_scheduler_migrations_begun", "Moves ordered.", tally.moves_begun)
+        yield _by("mell_scheduler_migrations", "Moves settled, by outcome.", "outcome", tally.moves_settled)
         yield CounterMetricFamily("mell_scheduler_unsent", "Messages that the bus did not take.", tally.unsent)
         if core is not None:
             yield from _state(core)
@@ -67,6 +72,11 @@ def _by(name: str, text: str, label: str, counts: Counts[str]) -> CounterMetricF
 def _state(core: SchedulerCore) -> Iterator[Metric]:
     yield GaugeMetricFamily("mell_scheduler_queue_length", "Requests that wait for room.", len(core.waiting))
     yield GaugeMetricFamily("mell_scheduler_sequences", "Sequences placed or running.", len(core.ledger.sequences))
+    yield GaugeMetricFamily("mell_scheduler_migrating", "Moves under way.", len(core.ledger.moving))
+    wanted = GaugeMetricFamily("mell_scheduler_gpus_wanted", "Workers that should be up, by model.", labels=["model"])
+    for name, gpus in core.scaling.wanted.items():
+        wanted.add_metric([name], gpus)
+    yield wanted
     workers = list(core.ledger.workers.values())
     states = GaugeMetricFamily("mell_scheduler_workers", "Workers, by state.", labels=["state"])
     standings = Counts(core.ledger.standing(worker) for worker in workers)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Protocol
 
 import structlog
@@ -16,23 +17,27 @@ from mell_scheduler.core import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    MigrationSettled,
     PlaceRequested,
     Reply,
     SchedulerCore,
+    StartMigration,
     Tick,
+    WantGpus,
 )
 from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.status import worker_statuses
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
+from mell_scheduler.movers import Movers
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import SchedulerSettings
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
-from mell_shared.messages.admin import Status
+from mell_shared.messages.admin import ModelStatus, Status
 from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
@@ -76,6 +81,7 @@ class SchedulerService:
         self._actor: Actor[Event] = Actor("scheduler", self._handle)
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
+        self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
         self._event_log = self._open_event_log()
@@ -205,6 +211,26 @@ class SchedulerService:
             case Announce():
                 tell = self._log.warning if command.change in _LOUD else self._log.info
                 tell(f"worker_{command.change}", worker=command.worker, reason=command.reason)
+            case StartMigration():
+                self._start_migration(command)
+            case MigrationSettled():
+                self._tally.moves_settled[command.outcome] += 1
+                self._log.info("migration_settled", **asdict(command))
+            case WantGpus():
+                self._log.info("gpus_wanted", model=command.model, gpus=command.gpus)
+
+    def _start_migration(self, command: StartMigration) -> None:
+        """Ask the source beside all else; what becomes of it comes back as an event."""
+        self._tally.moves_begun += 1
+        order = command.order.model_dump(exclude={"kind"})
+        self._log.info("migration", source=command.source, predicted_us=command.predicted_us, **order)
+
+        async def ask() -> None:
+            failed = await self._movers.order(command)
+            if failed is not None:
+                await self._actor.put(failed)
+
+        self._actor.spawn(ask())
 
     def _count(self, reply: PlaceReply) -> None:
         match reply:
@@ -243,6 +269,10 @@ class SchedulerService:
             queued=len(core.waiting),
             placed=self._tally.placed,
             rejected=self._tally.rejected.total(),
+            migrating=len(core.ledger.moving),
+            migrated=self._tally.moves_settled["committed"],
+            migrations_failed=self._tally.moves_settled["failed"] + self._tally.moves_settled["timeout"],
+            models=tuple(ModelStatus(model=name, gpus_wanted=gpus) for name, gpus in core.scaling.wanted.items()),
         )
         await self._send(delivery.reply_to, status)
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mell_scheduler.core import CoreSettings
-from mell_scheduler.policy import POLICY_NAMES, PolicySettings
+from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings
 from mell_shared.settings import ServiceSettings
 
 
@@ -16,8 +16,13 @@ class SchedulerSettings(ServiceSettings):
     scheduler_name: str = Field(
         "scheduler", min_length=1, description="Name in status and logs; its id adds a fresh suffix."
     )
-    policy: str = Field("best-fit", description=f"Packing policy: {', '.join(POLICY_NAMES)}.")
-    head_room: float = Field(0.1, ge=0, lt=1, description="Share of a worker's KV that arrivals leave for growth.")
+    policy: str = Field(DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}.")
+    head_room: float = Field(
+        0.1, ge=0, lt=1, description="Share of a worker's KV that arrivals leave for growth where nothing can be moved."
+    )
+    moving_head_room: float = Field(
+        0.0, ge=0, lt=1, description="The same where sequences can be moved; 0: what the policy thinks best."
+    )
     report_interval_s: float = Field(1.0, gt=0, le=60, description="Time between workers' reports; as set for them.")
     submit_timeout_s: float = Field(5.0, gt=0, description="A placement that no report confirms counts this long.")
     worker_lost_s: float = Field(10.0, gt=0, description="A worker silent this long is forgotten.")
@@ -27,6 +32,25 @@ class SchedulerSettings(ServiceSettings):
     queue_limit: int = Field(1_000, ge=1, description="Most requests that wait for room.")
     queue_hold_s: float = Field(0.8, gt=0, le=1.5, description="How long a waiting frontend's answer is held back.")
     queue_renew_s: float = Field(3.0, gt=0, description="A waiting request not repeated for this long is dropped.")
+    epoch_s: float = Field(1.0, gt=0, le=60, description="Time between two plans of moves.")
+    migrate_timeout_s: float = Field(2.0, gt=0, description="How long a worker may take to answer an order to move.")
+    migration_timeout_s: float = Field(30.0, gt=0, description="A move not heard of for this long has failed.")
+    cooldown_epochs: int = Field(
+        5, ge=0, description="Epochs a moved sequence rests; overload and drain may move it sooner."
+    )
+    max_moves_per_epoch: int = Field(32, ge=0, description="Most moves begun in one epoch; 0: none is ever begun.")
+    max_move_mb_per_epoch: float = Field(0.0, ge=0, description="Most KV copied by one epoch's moves; 0: no limit.")
+    transfer_limit_s: float = Field(
+        5.0, gt=0, description="Moves are begun only if link and target get through with them in this time."
+    )
+    link_mb_per_s: float = Field(125.0, gt=0, description="Bandwidth between workers that do not tell theirs.")
+    prefill_tokens_per_s: int = Field(
+        500, ge=0, description="What a worker can prefill for moves, if it does not tell; 0: nothing."
+    )
+    kv_bytes_per_token: int = Field(131_072, ge=1, description="KV of one token, for workers that do not tell.")
+    step_base_us: int = Field(0, ge=0, description="With tpot_target_ms: a decode step's time without any sequence.")
+    step_sequence_us: int = Field(0, ge=0, description="With tpot_target_ms: what each sequence adds to a step.")
+    step_block_ns: int = Field(0, ge=0, description="With tpot_target_ms: what each KV block adds to a step.")
     tpot_target_ms: float = Field(0.0, ge=0, description="Longest step of a worker that still gets work; 0: any.")
     lease: Literal["on", "off"] = Field("on", description="`off`: lead without a lease; only for a single scheduler.")
     event_log: Path | None = Field(None, description="File that takes every event of the core, to replay decisions.")
@@ -58,11 +82,27 @@ class SchedulerSettings(ServiceSettings):
             queue_hold_us=_us(self.queue_hold_s),
             queue_renew_us=_us(self.queue_renew_s),
             tpot_target_us=_us(self.tpot_target_ms / 1_000),
+            step_base_ns=1_000 * self.step_base_us,
+            step_per_sequence_ns=1_000 * self.step_sequence_us,
+            step_per_block_ns=self.step_block_ns,
+            epoch_us=_us(self.epoch_s),
+            migration_timeout_us=_us(self.migration_timeout_s),
+            transfer_limit_us=_us(self.transfer_limit_s),
+            max_moves_per_epoch=self.max_moves_per_epoch,
+            max_move_bytes_per_epoch=round(self.max_move_mb_per_epoch * 1e6) or 1 << 60,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            link_bytes_per_s=round(self.link_mb_per_s * 1e6),
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
         )
 
     def policy_settings(self) -> PolicySettings:
         """Return what the policy needs to know."""
-        return PolicySettings(head_room=self.head_room)
+        return PolicySettings(
+            head_room=self.moving_head_room,
+            fixed_head_room=self.head_room,
+            cooldown_epochs=self.cooldown_epochs,
+            max_moves_per_epoch=self.max_moves_per_epoch,
+        )
 
 
 def _us(seconds: float) -> int:

@@ -32,6 +32,13 @@ class WorkerStatus(Message):
     report_age_s: float
 
 
+class ModelStatus(Message):
+    """One model in a status; `gpus_wanted` is how many workers should be up."""
+
+    model: Id
+    gpus_wanted: int
+
+
 class Status(Message):
     """The answer to `StatusRequest`."""
 
@@ -43,6 +50,11 @@ class Status(Message):
     queued: int
     placed: int
     rejected: int
+    migrating: int = 0
+    """Moves under way."""
+    migrated: int = 0
+    migrations_failed: int = 0
+    models: tuple[ModelStatus, ...] = ()
 
 
 STATUS_REQUEST: TypeAdapter[StatusRequest] = TypeAdapter(StatusRequest)

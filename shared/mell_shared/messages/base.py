@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections.abc import Sized
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -69,3 +69,7 @@ def require_equal_lengths(**columns: Sized) -> None:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of unequal length: {lengths}")
+
+
+MigrationMode = Literal["kv", "tokens", "hybrid"]
+"""How a sequence's state gets to its target: copied, prefilled again from its ids, or part each."""

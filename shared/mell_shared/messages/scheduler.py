@@ -74,6 +74,13 @@ class WorkerSpec(Message):
     kv_blocks: int = Field(ge=1)
     block_tokens: int = Field(ge=1)
     max_sequences: int = Field(ge=1)
+    migration_modes: tuple[Id, ...] = ()
+    """The `MigrationMode`s it can take part in, at either end; none: its sequences stay. Unknown ones are ignored."""
+    kv_bytes_per_token: int = Field(default=0, ge=0)
+    link_bytes_per_s: int = Field(default=0, ge=0)
+    """What its link carries each way; here and below 0 means unknown."""
+    prefill_tokens_per_s: int = Field(default=0, ge=0)
+    """What it can prefill for others without hurting its decodes."""
 
     @property
     def max_total_tokens(self) -> int:
@@ -140,7 +147,43 @@ class SequenceFinished(Message):
     reason: FinishReason
 
 
-SchedulerEvent = Annotated[WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished, Field(discriminator="kind")]
+class MigrationCommitted(Message):
+    """A sequence goes on at `worker`, its new owner, under the new generation. What it took is 0 where unknown."""
+
+    kind: Literal["migration_committed"] = "migration_committed"
+    worker: Id
+    source: Id
+    migration: Id
+    sequence: Id
+    generation: Generation
+    copied_bytes: int = Field(default=0, ge=0)
+    copy_us: int = Field(default=0, ge=0)
+    prefilled_tokens: int = Field(default=0, ge=0)
+    prefill_us: int = Field(default=0, ge=0)
+    stopped_us: int = Field(default=0, ge=0)
+    """From the source's last token to the target's first."""
+
+
+class MigrationFailed(Message):
+    """A sequence stays at `worker`, the source, or has ended there; nothing is held for it at the target.
+
+    Reasons that say something about the two workers: `unsupported`, `unreachable`, `link`, `corrupt`, `timeout`.
+    About this sequence only: `no_room`, `busy`, `unknown`, `superseded`, `ended`, `preempted`, `stopping`, `term`.
+    """
+
+    kind: Literal["migration_failed"] = "migration_failed"
+    worker: Id
+    migration: Id
+    sequence: Id
+    generation: Generation
+    reason: Id
+    message: str = ""
+
+
+SchedulerEvent = Annotated[
+    WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished | MigrationCommitted | MigrationFailed,
+    Field(discriminator="kind"),
+]
 
 PLACE_REQUEST: TypeAdapter[PlaceRequest] = TypeAdapter(PlaceRequest)
 PLACE_REPLY: TypeAdapter[PlaceReply] = TypeAdapter(PlaceReply)

@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32, Uint32Column
+from mell_shared.messages.base import (
+    PROTOCOL_VERSION,
+    Generation,
+    Id,
+    Message,
+    MigrationMode,
+    Uint32,
+    Uint32Column,
+)
 from mell_shared.messages.sampling import SamplingParams
 
 
@@ -46,7 +54,28 @@ class Report(Message):
     kind: Literal["report"] = "report"
 
 
-WorkerCommand = Annotated[Submit | Cancel | Resend | Report, Field(discriminator="kind")]
+MigrationReason = Literal["overload", "drain", "attached", "consolidate", "manual"]
+
+
+class Migrate(Message):
+    """Move a sequence of this generation to `target` while it decodes; idempotent by `migration`.
+
+    With `hybrid` the target prefills the first `split_tokens` tokens, a whole number of blocks; the rest is copied.
+    `term` is the sender's: a worker that knows a higher one refuses.
+    """
+
+    kind: Literal["migrate"] = "migrate"
+    migration: Id
+    sequence: Id
+    generation: Generation
+    target: Id
+    mode: MigrationMode
+    split_tokens: int = Field(default=0, ge=0)
+    reason: MigrationReason
+    term: int = Field(ge=0)
+
+
+WorkerCommand = Annotated[Submit | Cancel | Resend | Report | Migrate, Field(discriminator="kind")]
 
 
 class SubmitAccepted(Message):
@@ -83,6 +112,21 @@ class ResendDone(Message):
     known: bool
 
 
+class MigrateAccepted(Message):
+    """The move has begun; `MigrationCommitted` or `MigrationFailed` follows on the schedulers' subject."""
+
+    kind: Literal["migrate_accepted"] = "migrate_accepted"
+
+
+class MigrateRefused(Message):
+    """The sequence stays as it is. `reason` is one of `MigrationFailed`'s; `term` the highest known here."""
+
+    kind: Literal["migrate_refused"] = "migrate_refused"
+    reason: Id
+    message: str
+    term: int = Field(default=0, ge=0)
+
+
 class CommandInvalid(Message):
     """The command could not be read; it was dropped."""
 
@@ -91,7 +135,8 @@ class CommandInvalid(Message):
 
 
 WorkerReply = Annotated[
-    SubmitAccepted | SubmitRefused | CancelDone | ResendDone | CommandInvalid, Field(discriminator="kind")
+    SubmitAccepted | SubmitRefused | CancelDone | ResendDone | MigrateAccepted | MigrateRefused | CommandInvalid,
+    Field(discriminator="kind"),
 ]
 
 WORKER_COMMAND: TypeAdapter[WorkerCommand] = TypeAdapter(WorkerCommand)

@@ -31,6 +31,8 @@ from mell_shared.messages.scheduler import SequenceFinished, WorkerJoined, Worke
 from mell_shared.messages.worker import (
     Cancel,
     CancelDone,
+    Migrate,
+    MigrateRefused,
     Report,
     Resend,
     ResendDone,
@@ -708,3 +710,17 @@ def test_asking_is_one_command_for_each_frontend() -> None:
     questions = only(AskStatus, world.tell(TimePassed(), after_us=SECOND_US))
     assert [question.frontend for question in questions] == ["f1"]
     assert questions[0].message.sequences == ("a", "b")
+
+
+def test_a_worker_that_moves_nothing_says_so() -> None:
+    """An order to move is refused by name, and the sequence goes on."""
+    world = CoreWorld()
+    world.ask(submit("a"))
+    order = Migrate(
+        migration="1-1", sequence="a", generation=1, target="other", mode="kv", reason="consolidate", term=1
+    )
+    reply = world.ask(order)
+    assert isinstance(reply, MigrateRefused)
+    assert reply.reason == "unsupported"
+    assert world.core.config.spec.migration_modes == ()
+    assert [row.sequence for row in world.core.batcher.running] == ["a"]

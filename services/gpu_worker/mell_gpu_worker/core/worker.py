@@ -32,10 +32,11 @@ from mell_gpu_worker.core.streams import Streams
 from mell_gpu_worker.core.tokens import TokensTable
 from mell_gpu_worker.core.watch import FrontendWatch
 from mell_shared.messages.scheduler import WorkerJoined
-from mell_shared.messages.worker import Cancel, Report, Resend, Submit
+from mell_shared.messages.worker import Cancel, Migrate, MigrateRefused, Report, Resend, Submit, WorkerReply
 
 JOIN_EVERY_REPORTS = 10
 """The join is published again with every so many reports, since any one may be lost."""
+_MOVES_NOTHING = MigrateRefused(reason="unsupported", message="this worker moves no sequences")
 
 
 class WorkerCore:
@@ -118,6 +119,7 @@ class WorkerCore:
 
     def _obey(self, event: CommandReceived) -> list[Command]:
         command = event.command
+        reply: WorkerReply
         match command:
             case Submit():
                 reply, said = self._desk.submit(command, event.grammar_fault, self._now_us)
@@ -125,6 +127,8 @@ class WorkerCore:
                 reply, said = self._desk.cancel(command, self._now_us)
             case Resend():
                 reply, said = self._desk.resend(command)
+            case Migrate():
+                reply, said = _MOVES_NOTHING, []
             case Report():
                 return self._announce()
         # The reply first: a submission is accepted before its tokens come.

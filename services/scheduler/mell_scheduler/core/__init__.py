@@ -10,9 +10,12 @@ from mell_scheduler.core.values import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    MigrationSettled,
     PlaceRequested,
     Reply,
+    StartMigration,
     Tick,
+    WantGpus,
 )
 
 __all__ = [
@@ -24,8 +27,11 @@ __all__ = [
     "Event",
     "LeadershipEnded",
     "LeadershipTaken",
+    "MigrationSettled",
     "PlaceRequested",
     "Reply",
     "SchedulerCore",
+    "StartMigration",
     "Tick",
+    "WantGpus",
 ]

@@ -17,10 +17,11 @@ from mell_scheduler.core.values import (
     Tick,
 )
 from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.policy.base import BalanceSettings, PriorityWeights, RepackSettings
 from mell_shared.messages.base import Message, unpack_uint32
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT
 
-_VERSION = 1
+_VERSION = 2
 _PLAIN: dict[str, type[LeadershipTaken | LeadershipEnded | ConnectionRestored | Tick]] = {
     "leadership_taken": LeadershipTaken,
     "leadership_ended": LeadershipEnded,
@@ -36,8 +37,8 @@ class JournalError(ValueError):
 
 def header_line(policy: str, policy_settings: PolicySettings, settings: CoreSettings) -> str:
     """Return the first line of a journal: all that decisions depend on besides the events."""
-    head = {"journal": _VERSION, "policy": policy, "head_room": policy_settings.head_room, "settings": asdict(settings)}
-    return json.dumps(head)
+    told = {"policy_settings": asdict(policy_settings), "settings": asdict(settings)}
+    return json.dumps({"journal": _VERSION, "policy": policy, **told})
 
 
 def event_line(event: Event, now_us: int) -> str:
@@ -90,9 +91,18 @@ def _read_header(line: str) -> Callable[[int], SchedulerCore]:
         head = json.loads(line)
         if head["journal"] != _VERSION:
             raise JournalError(f"journal version {head['journal']} is not {_VERSION}")
-        name, policy = str(head["policy"]), PolicySettings(head_room=float(head["head_room"]))
+        name, policy = str(head["policy"]), _policy_settings(head["policy_settings"])
         settings = CoreSettings(**head["settings"])
         make_policy(name, policy)
     except (ValueError, KeyError, TypeError) as error:
         raise JournalError(f"line 1 is no journal header: {error}") from error
     return lambda now_us: SchedulerCore(make_policy(name, policy), settings, now_us)
+
+
+def _policy_settings(fields: dict[str, Any]) -> PolicySettings:
+    parts = {
+        "repack": RepackSettings(**fields["repack"]),
+        "balance": BalanceSettings(**fields["balance"]),
+        "priority": PriorityWeights(**fields["priority"]),
+    }
+    return PolicySettings(**{**fields, **parts})

@@ -1,43 +1,49 @@
 """Who holds what: workers, their sequences, placements not yet confirmed; kept in step with the policy.
 
 The policy has one item for each sequence, at the worker of its newest known generation, charged with its size
-predicted for the end of the next epoch. Whatever else a report says is used (superseded copies; less what is
-shared) goes to the policy as the worker's other blocks.
+predicted for the end of the next epoch; while it moves, at both ends. Whatever else a report says is used
+(superseded copies; less what is shared) goes to the policy as the worker's other blocks.
 """
 
 from collections.abc import Collection
 from typing import Literal
 
-from mell_scheduler.core.records import ModelRecord, SequenceRecord, WorkerRecord
-from mell_scheduler.core.values import CoreSettings
+from mell_scheduler.core.records import Migration, ModelRecord, SequenceRecord, WorkerRecord
+from mell_scheduler.core.values import CoreSettings, MigrationSettled, Outcome
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
-from mell_shared.messages.scheduler import PlaceRequest, SequenceFinished, WorkerReport, WorkerSpec
+from mell_shared.messages.scheduler import PlaceRequest, SequenceFinished, WorkerSpec
 
 Standing = Literal["active", "draining", "standby", "silent"]
 
 
 class Ledger:
-    """Soft state, rebuilt from reports; the only caller of the policy."""
+    """Soft state, rebuilt from reports. Besides it only `Intake` and `Migrations` call the policy."""
 
     def __init__(self, policy: Policy, settings: CoreSettings) -> None:
         self._policy = policy
         self._settings = settings
+        self._growth_start = min(settings.growth_start_tokens, settings.growth_limit_tokens)
         self.workers: dict[str, WorkerRecord] = {}
         self.models: dict[str, ModelRecord] = {}
         self.sequences: dict[str, SequenceRecord] = {}
-        self._pending: dict[str, SequenceRecord] = {}
+        self.pending: dict[str, SequenceRecord] = {}
         """Unconfirmed placements, the earliest deadline first."""
+        self.moving: dict[str, SequenceRecord] = {}
+        """Sequences with a move under way, in the order of beginning."""
+        self.settled: list[MigrationSettled] = []
+        """How moves came out since somebody looked last."""
 
     # --- workers
 
     def join(self, spec: WorkerSpec, now_us: int) -> WorkerRecord:
         """Register a worker; it takes nothing before its first report."""
-        model = self.models.setdefault(spec.model, ModelRecord(spec.model))
-        pool = model.pools.setdefault(spec.block_tokens, f"{spec.model}/{spec.block_tokens}")
-        worker = WorkerRecord(spec, pool, now_us)
-        # Every item takes one unit of "time", so that the sequence count is the policy's second capacity.
-        count = StepProfile(base_ns=0, per_item_ns=1, per_block_ns=0, limit_ns=spec.max_sequences)
-        self._policy.add_gpu(GpuSpec(spec.worker, spec.kv_blocks, pool, spec.host, count))
+        model = self.models.get(spec.model)
+        if model is None:
+            model = self.models[spec.model] = ModelRecord(spec.model, self._growth_start)
+        worker = WorkerRecord(spec, model.pool_of(spec), now_us)
+        fixed = not spec.migration_modes
+        step = _step_profile(self._settings, spec)
+        self._policy.add_gpu(GpuSpec(spec.worker, spec.kv_blocks, worker.pool, spec.host, step, fixed))
         self._policy.pause_gpu(spec.worker)
         self.workers[spec.worker] = model.workers[spec.worker] = worker
         model.recount()
@@ -46,7 +52,9 @@ class Ledger:
     def remove(self, worker: WorkerRecord, now_us: int) -> None:
         """Forget a worker and all it held."""
         for record in list(worker.sequences.values()):
-            self._forget(record)
+            self.forget(record)
+        for record in [r for r in self.moving.values() if r.migration and r.migration.target == worker.worker_id]:
+            self._unmove(record, "ended", "the target is gone")  # the policy sees by itself that it failed
         self._policy.remove_gpu(worker.worker_id)
         model = self.model_of(worker)
         del self.workers[worker.worker_id], model.workers[worker.worker_id]
@@ -82,92 +90,50 @@ class Ledger:
             return "draining"
         return "standby" if self._policy.state(worker.worker_id) is GpuState.STANDBY else "active"
 
-    # --- reports
-
-    def report(self, worker: WorkerRecord, report: WorkerReport, now_us: int) -> None:
-        """Take a report that is newer than all before: the worker's state is what it says, plus what is pending."""
-        assert report.number > worker.number, "older reports are dropped"
-        worker.note(report, now_us)
-        # A drained worker is released, and would take no rows; it is drained again below.
-        self._set_draining(worker, draining=False)
-        if worker.silent:
-            worker.silent = False
-            self._policy.resume_gpu(worker.worker_id)
-        held_blocks, worker.stale = self._take_rows(worker, report)
-        self._forget_missing(worker)
-        self._share_out(worker, held_blocks)
-        self._set_draining(worker, draining=report.draining)
-        self._refresh_closed(worker)
-
-    def _take_rows(self, worker: WorkerRecord, report: WorkerReport) -> tuple[int, dict[str, tuple[int, int]]]:
-        """Update, adopt or set aside each row; returns the blocks of this worker's records, and the stale copies."""
-        model, limit = self.model_of(worker), self._settings.growth_limit_tokens
-        stale: dict[str, tuple[int, int]] = {}
-        names: list[str] = []
-        sizes: list[int] = []
-        held_blocks = gained = gainers = 0
-        for sequence, generation, tokens, blocks in zip(
-            report.sequences, report.generations, report.tokens, report.blocks, strict=True
-        ):
-            record = self._holder(worker, sequence, generation, model.growth_tokens)
-            if record is None:
-                stale[sequence] = (generation, blocks)
-                continue
-            gain = record.observe(report.number, tokens, blocks, limit)
-            names.append(sequence)
-            sizes.append(record.size_blocks)
-            held_blocks += blocks
-            if gain > 0:
-                gained, gainers = gained + gain, gainers + 1
-        strangers = self._policy.update_gpu(worker.worker_id, names, sizes)
-        assert not strangers, "the policy and the ledger disagree on what is where"
-        if gainers:
-            model.learn_growth(gained // gainers, limit)
-        return held_blocks, stale
-
-    def _holder(
-        self, worker: WorkerRecord, sequence: str, generation: int, growth_tokens: int
-    ) -> SequenceRecord | None:
-        """The record a row is about; None if a newer generation is known elsewhere: the row is a stale copy."""
-        record = self.sequences.get(sequence)
-        if record is not None and record.worker is worker:
-            if generation < record.generation or record.number == worker.number:
-                return None
-            record.generation = generation
-            if record.pending_until_us is not None:
-                del self._pending[sequence]
-            return record
-        if record is not None:
-            if generation <= record.generation:
-                return None
-            self.supersede(record)
-        return self._adopt(worker, sequence, generation, growth_tokens)
-
-    def _adopt(self, worker: WorkerRecord, sequence: str, generation: int, growth_tokens: int) -> SequenceRecord:
-        record = SequenceRecord(sequence, generation, worker, growth_tokens)
-        self.sequences[sequence] = worker.sequences[sequence] = record
-        self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
-        return record
-
-    def _forget_missing(self, worker: WorkerRecord) -> None:
-        """What the last report told of and this one does not has ended or gone; its end got lost."""
-        gone = [r for r in worker.sequences.values() if r.number != worker.number and r.pending_until_us is None]
-        for record in gone:
-            self._forget(record)
-
-    def _share_out(self, worker: WorkerRecord, held_blocks: int) -> None:
-        """What is used beyond the records is `other`; what rows count twice is `shared`."""
-        worker.other_blocks = worker.used_blocks - held_blocks
-        all_rows = held_blocks + sum(blocks for _, blocks in worker.stale.values())
-        worker.shared_blocks = max(0, all_rows - worker.used_blocks)
-        self._policy.set_other_blocks(worker.worker_id, worker.other_blocks)
-
-    def _set_draining(self, worker: WorkerRecord, *, draining: bool) -> None:
+    def set_draining(self, worker: WorkerRecord, *, draining: bool) -> None:
+        """It takes nothing new, and the policy empties it where its sequences can be moved; or the end of that."""
         if draining == worker.draining:
             return
         worker.draining = draining
         (self._policy.drain_gpu if draining else self._policy.undrain_gpu)(worker.worker_id)
         self.model_of(worker).recount()
+
+    # --- moves
+
+    def begin(self, record: SequenceRecord, migration: Migration) -> None:
+        """The policy has begun a move, and it is carried out."""
+        record.migration = migration
+        self.moving[record.sequence] = record
+
+    def land(self, record: SequenceRecord, generation: int, now_us: int) -> None:
+        """Its move is done: it is at the target, pending there until that reports it, and its source is free."""
+        migration = self._unmove(record, "committed", "")
+        source, target = record.worker, self.workers[migration.target]
+        # Blocks that it may have shared are still used: only the next report knows.
+        kept = min(record.blocks, source.shared_blocks)
+        source.shared_blocks -= kept
+        self._policy.moved(record.sequence)
+        del source.sequences[record.sequence]
+        target.sequences[record.sequence] = self.pending[record.sequence] = record
+        record.worker, record.generation = target, generation
+        record.number, record.blocks = -1, 0
+        record.pending_until_us = now_us + self._settings.submit_timeout_us
+        self.raise_other(source, kept)
+        self.refresh_closed(source)
+        self.refresh_closed(target)
+
+    def call_off(self, record: SequenceRecord, outcome: Outcome, reason: str) -> None:
+        """Its move has failed: it stays at its source, and the target's memory is free."""
+        self._unmove(record, outcome, reason)
+        self._policy.failed(record.sequence)
+
+    def _unmove(self, record: SequenceRecord, outcome: Outcome, reason: str) -> Migration:
+        migration, record.migration = record.migration, None
+        assert migration is not None, "it moves"
+        del self.moving[record.sequence]
+        ends = (migration.source, migration.target)
+        self.settled.append(MigrationSettled(migration.migration, record.sequence, *ends, outcome, reason))
+        return migration
 
     # --- sequences
 
@@ -177,7 +143,7 @@ class Ledger:
         if old is not None:
             self.supersede(old)
         model = self.models[request.model]
-        for block_tokens, pool in model.pools.items():
+        for pool, block_tokens in model.pools.items():
             tokens = self.predicted_tokens(request)
             item = Item(request.sequence, -(-tokens // block_tokens), pool)
             worker_id = self._policy.allocate(item, barred)
@@ -192,8 +158,8 @@ class Ledger:
         if request.max_output_tokens is not None:
             record.cap_tokens = request.prompt_tokens + request.max_output_tokens
         self.sequences[request.sequence] = worker.sequences[request.sequence] = record
-        self._pending[request.sequence] = record
-        self._refresh_closed(worker)
+        self.pending[request.sequence] = record
+        self.refresh_closed(worker)
         return worker
 
     def predicted_tokens(self, request: PlaceRequest) -> int:
@@ -208,76 +174,68 @@ class Ledger:
         """A newer generation is elsewhere; what this worker is known to hold of it stays used until it reports."""
         worker = record.worker
         confirmed = record.pending_until_us is None
-        self._forget(record)
+        self.forget(record)
         if confirmed:
             worker.stale[record.sequence] = (record.generation, record.blocks)
-            self._raise_other(worker, record.blocks)
-            self._refresh_closed(worker)
+            self.raise_other(worker, record.blocks)
+            self.refresh_closed(worker)
 
     def finish(self, worker: WorkerRecord, event: SequenceFinished) -> None:
         """A sequence holds nothing there any more; unknown ones are ignored."""
-        record = worker.sequences.get(event.sequence)
-        if record is not None and event.generation >= record.generation:
-            # Blocks that it may have shared are still used: only the next report knows.
-            kept = min(record.blocks, worker.shared_blocks)
-            self._forget(record)
-            worker.shared_blocks -= kept
-            self._raise_other(worker, kept)
+        record = self.sequences.get(event.sequence)
+        if record is not None and event.generation >= record.generation and _is_at(record, worker):
+            holder = record.worker
+            kept = min(record.blocks, holder.shared_blocks)
+            self.forget(record)
+            holder.shared_blocks -= kept
+            self.raise_other(holder, kept)
         elif worker.stale.get(event.sequence, (event.generation + 1, 0))[0] <= event.generation:
             del worker.stale[event.sequence]
-        self._refresh_closed(worker)
+        self.refresh_closed(worker)
 
     def expire_pending(self, now_us: int) -> list[str]:
         """Forget placements that nothing confirmed in time; returns the models with more room now."""
         expired = []
-        for record in self._pending.values():
+        for record in self.pending.values():
             assert record.pending_until_us is not None
             if record.pending_until_us > now_us:
                 break
             expired.append(record)
         for record in expired:
-            self._forget(record)
+            self.forget(record)
         return [record.worker.spec.model for record in expired]
 
-    def _forget(self, record: SequenceRecord) -> None:
+    def forget(self, record: SequenceRecord) -> None:
+        """It holds nothing anywhere any more; a move of it is over."""
+        if record.migration is not None:
+            self._unmove(record, "ended", "the sequence is gone from its source")
         del self.sequences[record.sequence], record.worker.sequences[record.sequence]
-        self._pending.pop(record.sequence, None)
+        self.pending.pop(record.sequence, None)
         self._policy.depart(record.sequence)
-        self._refresh_closed(record.worker)
+        self.refresh_closed(record.worker)
 
-    def _raise_other(self, worker: WorkerRecord, blocks: int) -> None:
+    def raise_other(self, worker: WorkerRecord, blocks: int) -> None:
+        """More of a worker's blocks are used by nothing that is known."""
         worker.other_blocks += blocks
         self._policy.set_other_blocks(worker.worker_id, worker.other_blocks)
 
-    def _refresh_closed(self, worker: WorkerRecord) -> None:
+    def refresh_closed(self, worker: WorkerRecord) -> None:
+        """Bring the list of workers that take nothing in step with a change to one."""
         closed = self.model_of(worker).closed
         if worker.closed(self._settings.tpot_target_us):
             closed[worker.worker_id] = None
         else:
             closed.pop(worker.worker_id, None)
 
-    # --- proof
 
-    def check(self) -> None:
-        """Re-derive every index and assert that it agrees with the policy. For tests; slow."""
-        self._policy.check()
-        assert list(self.workers) == self._policy.gpu_ids(), "workers and GPUs differ"
-        for name, record in self.sequences.items():
-            assert record.worker.sequences[name] is record
-            assert self._policy.gpu_of(name) == record.worker.worker_id
-        assert sum(len(w.sequences) for w in self.workers.values()) == len(self.sequences)
-        pending = {name for name, record in self.sequences.items() if record.pending_until_us is not None}
-        assert set(self._pending) == pending, "pending index out of step"
-        deadlines = [r.pending_until_us or 0 for r in self._pending.values()]
-        assert deadlines == sorted(deadlines), "pending placements out of order"
-        for worker in self.workers.values():
-            self._check_worker(worker)
+def _is_at(record: SequenceRecord, worker: WorkerRecord) -> bool:
+    """Whether a worker may speak for a sequence: it has it, or it is the target of its move."""
+    return record.worker is worker or (record.migration is not None and record.migration.target == worker.worker_id)
 
-    def _check_worker(self, worker: WorkerRecord) -> None:
-        model = self.model_of(worker)
-        assert model.workers[worker.worker_id] is worker
-        assert (worker.worker_id in model.closed) == worker.closed(self._settings.tpot_target_us)
-        charged = sum(record.size_blocks for record in worker.sequences.values()) + worker.other_blocks
-        assert self._policy.used_blocks(worker.worker_id) == charged, "the policy charges something else"
-        draining = self._policy.state(worker.worker_id) in (GpuState.DRAINING, GpuState.RELEASED)
-        assert draining == worker.draining
+
+def _step_profile(settings: CoreSettings, spec: WorkerSpec) -> StepProfile:
+    """The second capacity: step time where its parts are known, else the number of sequences, one unit each."""
+    parts = (settings.step_base_ns, settings.step_per_sequence_ns, settings.step_per_block_ns)
+    if settings.tpot_target_us and any(parts):
+        return StepProfile(*parts, limit_ns=1_000 * settings.tpot_target_us)
+    return StepProfile(base_ns=0, per_item_ns=1, per_block_ns=0, limit_ns=spec.max_sequences)

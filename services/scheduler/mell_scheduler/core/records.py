@@ -1,8 +1,22 @@
 """What the core knows of each sequence, worker and model: plain state, kept in step by `Ledger` alone."""
 
+from dataclasses import dataclass
+
+from mell_scheduler.policy.transfer import Transfer
 from mell_shared.messages.scheduler import WorkerReport, WorkerSpec
 
 _STATE_RUNNING = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A move under way: both ends hold its memory until it is settled."""
+
+    migration: str
+    source: str
+    target: str
+    transfer: Transfer
+    deadline_us: int
 
 
 class SequenceRecord:
@@ -13,6 +27,7 @@ class SequenceRecord:
         "cap_tokens",
         "generation",
         "growth_tokens",
+        "migration",
         "number",
         "pending_until_us",
         "sequence",
@@ -36,8 +51,10 @@ class SequenceRecord:
         """Prompt and output limit, where the request said so."""
         self.pending_until_us: int | None = None
         """Placed, and not yet confirmed by a report; None: confirmed."""
+        self.migration: Migration | None = None
+        """While it moves; it is at the source until then."""
         self.number = -1
-        """The report that told of it last."""
+        """The report that told of it last; -1: none of this worker's."""
 
     def observe(self, report_number: int, tokens: int, blocks: int, growth_limit: int) -> int:
         """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
@@ -100,7 +117,7 @@ class WorkerRecord:
         self.waiting = 0
         self.used_blocks = 0
         self.other_blocks = 0
-        """Used blocks beyond its records' (stale copies); negative where records share blocks."""
+        """Blocks no record answers for: stale copies, and what is withheld; less what records share."""
         self.shared_blocks = 0
         """How often blocks are counted more than once in its rows."""
         self.sequences: dict[str, SequenceRecord] = {}
@@ -113,6 +130,11 @@ class WorkerRecord:
         return self.spec.worker
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """How its sequences can be moved; none: not at all."""
+        return self.spec.migration_modes
+
+    @property
     def load(self) -> int:
         """Sequences it holds or is about to."""
         return len(self.sequences) + len(self.stale)
@@ -123,9 +145,12 @@ class WorkerRecord:
         return not self.silent and not self.draining
 
     def closed(self, tpot_target_us: int) -> bool:
-        """No sequence more, by the second capacity: sequence count, and step time where it has a limit."""
+        """No sequence more, by the second capacity: sequence count, and step time where it has a limit.
+
+        Nor while a preempted one waits there: it refuses whatever comes before that is back.
+        """
         too_slow = 0 < tpot_target_us < self.step_us and self.load > 0
-        return self.load >= self.spec.max_sequences or too_slow
+        return self.load >= self.spec.max_sequences or too_slow or self.waiting > 0
 
     def note(self, report: WorkerReport, now_us: int) -> None:
         """Take the figures of a report that are not about single sequences."""
@@ -151,14 +176,14 @@ class ModelRecord:
         "workers",
     )
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, growth_tokens: int) -> None:
         self.name = name
         self.workers: dict[str, WorkerRecord] = {}
-        self.pools: dict[int, str] = {}
-        """Block size in tokens -> the policy's name for the workers with it."""
+        self.pools: dict[str, int] = {}
+        """The policy's name for workers that can stand for one another -> their block size in tokens."""
         self.closed: dict[str, None] = {}
         """Workers that take no sequence more (an ordered set)."""
-        self.growth_tokens = 16
+        self.growth_tokens = growth_tokens
         """Recent mean growth of a running sequence in one epoch."""
         self.absent_since_us = 0
         """When its last worker went; meaningless while it has one."""
@@ -166,6 +191,15 @@ class ModelRecord:
         """The longest sequence any of its workers can ever hold; those that drain count only if all do."""
         self.least_total_tokens = 0
         """The longest sequence all of its workers can hold."""
+
+    def pool_of(self, spec: WorkerSpec) -> str:
+        """Name the pool of a worker. Sequences move only within one: same blocks, and where they can, same KV."""
+        parts = [spec.model, str(spec.block_tokens)]
+        if spec.migration_modes:
+            parts += [spec.kv_layout, "+".join(sorted(spec.migration_modes))]
+        pool = "/".join(parts)
+        self.pools[pool] = spec.block_tokens
+        return pool
 
     def recount(self) -> None:
         """Derive the limits anew after a worker came, went, or changed its mind about draining."""

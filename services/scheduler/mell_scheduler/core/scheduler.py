@@ -3,9 +3,13 @@
 from mell_scheduler.core.admission import Admission
 from mell_scheduler.core.completions import Completions
 from mell_scheduler.core.dispatch import Dispatcher
+from mell_scheduler.core.intake import Intake
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.liveness import Liveness
+from mell_scheduler.core.migrations import Migrations
+from mell_scheduler.core.proof import check_ledger
 from mell_scheduler.core.records import WorkerRecord
+from mell_scheduler.core.scaling import Scaling
 from mell_scheduler.core.values import (
     Announce,
     AskReport,
@@ -24,6 +28,8 @@ from mell_scheduler.core.waiting import Waiting, WaitingQueue
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
+    MigrationCommitted,
+    MigrationFailed,
     Placed,
     PlaceRequest,
     Queued,
@@ -36,20 +42,26 @@ from mell_shared.messages.scheduler import (
 
 
 class SchedulerCore:
-    """Places sequences on workers, from the moment it leads; built anew for each term.
+    """Places sequences on workers, and moves them between workers, from the moment it leads; built anew for each term.
 
     `now_us` is the caller's monotonic clock, in microseconds; it must not run backwards between events.
     """
 
     def __init__(self, policy: Policy, settings: CoreSettings, now_us: int) -> None:
         self.settings = settings
+        self._policy = policy
         self.ledger = Ledger(policy, settings)
         self.waiting = WaitingQueue(settings.queue_hold_us, settings.queue_renew_us)
+        self.scaling = Scaling(self.ledger, self.waiting, policy)
+        self._intake = Intake(self.ledger, policy, settings)
+        self._migrations = Migrations(self.ledger, policy, settings)
         self._liveness = Liveness(self.ledger, settings)
         self._completions = Completions()
         self._admission = Admission(self.ledger, settings, now_us)
         self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
         self._now_us = now_us
+        self._epoch_us = now_us + 2 * settings.report_interval_us
+        """When moves are planned next: never before everybody should have been heard."""
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
         """Take one event; return what to do, in order."""
@@ -69,14 +81,20 @@ class SchedulerCore:
                 commands = self._joined(event)
             case WorkerLeft():
                 commands = self._left(event)
+            case MigrationCommitted():
+                commands = self._serve_if(self._migrations.committed(event, now_us))
+            case MigrationFailed():
+                commands = self._serve_if(self._migrations.failed(event, now_us))
             case LeadershipTaken():
+                self._migrations.term = event.term
                 commands = [AskReport(None)]
             case LeadershipEnded():
                 commands = self._ended()
             case ConnectionRestored():
                 self._liveness.pardon(now_us)
                 commands = [AskReport(None)]
-        return commands
+        settled, self.ledger.settled = self.ledger.settled, []
+        return [*settled, *commands]
 
     # --- workers
 
@@ -106,7 +124,7 @@ class SchedulerCore:
         if report.number <= worker.number:
             return []
         commands = _changes(worker, report)
-        self.ledger.report(worker, report, self._now_us)
+        self._intake.take(worker, report, self._now_us)
         return commands + self._serve(worker.spec.model)
 
     def _finished(self, event: SequenceFinished) -> list[Command]:
@@ -181,11 +199,15 @@ class SchedulerCore:
     def _serve(self, model: str) -> list[Command]:
         return self._dispatcher.serve(model, self._now_us)
 
+    def _serve_if(self, model: str | None) -> list[Command]:
+        return [] if model is None else self._serve(model)
+
     # --- time
 
     def _passed(self) -> list[Command]:
         commands, changed = self._liveness.review(self._now_us)
         changed += self.ledger.expire_pending(self._now_us)
+        changed += self._migrations.expire(self._now_us)
         self.ledger.expire_models(self._now_us)
         for entry in self.waiting.forsaken(self._now_us):
             changed.append(entry.request.model)
@@ -194,7 +216,16 @@ class SchedulerCore:
             commands += self._serve(model)
         for entry in self.waiting.held_too_long(self._now_us):
             commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
-        return commands
+        return commands + self._epoch()
+
+    def _epoch(self) -> list[Command]:
+        """The moves of an epoch, when one is due, and how many workers there should be."""
+        late_us = self._now_us - self._epoch_us
+        if late_us < 0:
+            return []
+        interval_us = self.settings.epoch_us
+        self._epoch_us += (late_us // interval_us + 1) * interval_us
+        return [*self._migrations.plan(self._now_us), *self.scaling.review()]
 
     def _ended(self) -> list[Command]:
         """Whoever waits asks again at once, and so reaches the next leader."""
@@ -204,7 +235,7 @@ class SchedulerCore:
 
     def check(self) -> None:
         """Re-derive every index and assert that all agree. For tests; slow."""
-        self.ledger.check()
+        check_ledger(self.ledger, self._policy, self.settings.tpot_target_us)
         self.waiting.check()
         assert len(self.waiting) <= self.settings.queue_limit, "the queue is over its bound"
         self._dispatcher.check()

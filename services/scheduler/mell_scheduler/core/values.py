@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mell_shared.messages.scheduler import (
+    MigrationCommitted,
+    MigrationFailed,
     PlaceReply,
     PlaceRequest,
     SequenceFinished,
@@ -11,6 +13,7 @@ from mell_shared.messages.scheduler import (
     WorkerLeft,
     WorkerReport,
 )
+from mell_shared.messages.worker import Migrate
 
 Handle = str
 """Names one held request to the shell; in the live service the subject its reply goes to."""
@@ -21,7 +24,9 @@ class CoreSettings:
     """What the core needs to know; times are integer microseconds."""
 
     report_interval_us: int = 1_000_000
-    """Workers report this often; also the horizon of growth predictions (one epoch)."""
+    """Workers report this often; also the horizon of growth predictions."""
+    epoch_us: int = 1_000_000
+    """Time between two plans of moves."""
     submit_timeout_us: int = 5_000_000
     """A placement that no report confirms stops counting after this."""
     missed_reports: int = 3
@@ -36,10 +41,26 @@ class CoreSettings:
     """A waiting request that is not repeated for this long is dropped."""
     overtake_window: int = 64
     """So many waiting requests of a model, the first in order, are tried when room appears."""
+    growth_start_tokens: int = 16
+    """What a model's sequences are taken to grow by in one epoch before any has been seen."""
     growth_limit_tokens: int = 512
     """Most tokens a sequence is predicted to grow by in one epoch."""
     tpot_target_us: int = 0
     """A worker whose recent step takes longer gets nothing more; 0: no such limit."""
+    step_base_ns: int = 0
+    step_per_sequence_ns: int = 0
+    step_per_block_ns: int = 0
+    """A decode step's predicted time. All 0: unknown, so that the number of sequences is the second capacity."""
+    migration_timeout_us: int = 30_000_000
+    """A move that nothing has settled by then has failed."""
+    transfer_limit_us: int = 5_000_000
+    """A move is begun only if its links and its target are through with it, and all under way, in this time."""
+    max_moves_per_epoch: int = 32
+    max_move_bytes_per_epoch: int = 1 << 60
+    kv_bytes_per_token: int = 131_072
+    link_bytes_per_s: int = 125_000_000
+    prefill_tokens_per_s: int = 500
+    """For workers that do not say: a grouped-query model of 8B, 1 Gbit/s, and little prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +102,8 @@ Event = (
     | WorkerReport
     | WorkerLeft
     | SequenceFinished
+    | MigrationCommitted
+    | MigrationFailed
     | Tick
 )
 
@@ -113,4 +136,40 @@ class Announce:
     reason: str
 
 
-Command = Reply | AskReport | Announce
+@dataclass(frozen=True, slots=True)
+class StartMigration:
+    """Send `order` to the source; a refusal or no answer comes back as `MigrationFailed` from there.
+
+    `blocks` are held at both ends meanwhile; `predicted_us` is what the boundaries say it takes.
+    """
+
+    source: str
+    order: Migrate
+    blocks: int
+    predicted_us: int
+
+
+Outcome = Literal["committed", "failed", "timeout", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationSettled:
+    """Tell the operators how a move came out. `ended`: its sequence, or one of its workers, is gone."""
+
+    migration: str
+    sequence: str
+    source: str
+    target: str
+    outcome: Outcome
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WantGpus:
+    """Tell the operators, and whoever starts workers, how many a model should have."""
+
+    model: str
+    gpus: int
+
+
+Command = Reply | AskReport | Announce | StartMigration | MigrationSettled | WantGpus

@@ -95,6 +95,10 @@ class WaitingQueue:
         """The first `count` of a model, in order."""
         return [entry for _, entry in self._by_model.get(model, [])[:count]]
 
+    def of(self, model: str) -> list[Waiting]:
+        """All of a model, in order."""
+        return [entry for _, entry in self._by_model.get(model, [])]
+
     def last(self) -> Waiting:
         """The last in order of all models; the queue must not be empty."""
         return max((line[-1] for line in self._by_model.values()), key=_key_of)[1]

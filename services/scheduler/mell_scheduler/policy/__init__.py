@@ -13,17 +13,38 @@ from mell_scheduler.policy.packing import PackingPolicy, Rule, settings_cluster
 from mell_scheduler.policy.repack import FRUGAL, Repack
 from mell_scheduler.policy.worst_fit import WorstFit
 
-_RULES: dict[str, Callable[[Cluster, PolicySettings], Rule]] = {
+_MakeRule = Callable[[Cluster, PolicySettings], Rule]
+
+
+def _unmoved(rule: Callable[[Cluster, float], Rule]) -> _MakeRule:
+    """A rule for what stays where it is placed, with the head-room that this needs."""
+
+    def make(cluster: Cluster, settings: PolicySettings) -> Rule:
+        head_room = settings.fixed_head_room
+        return rule(cluster, settings.head_room if head_room is None else head_room)
+
+    return make
+
+
+_RULES: dict[str, _MakeRule] = {
     "repack": Repack,
     "repack-frugal": lambda cluster, settings: Repack(cluster, replace(settings, repack=FRUGAL)),
     "mell": Mell,
     "load-balance-drain": LoadBalanceDrain,
     "load-balance": LoadBalance,
-    "best-fit": lambda cluster, settings: BestFit(cluster, settings.head_room),
-    "worst-fit": lambda cluster, settings: WorstFit(cluster, settings.head_room),
-    "first-fit": lambda cluster, settings: FirstFit(cluster, settings.head_room),
-    "round-robin": lambda cluster, settings: RoundRobin(cluster, settings.head_room),
+    "best-fit": _unmoved(BestFit),
+    "worst-fit": _unmoved(WorstFit),
+    "first-fit": _unmoved(FirstFit),
+    "round-robin": _unmoved(RoundRobin),
 }
+_FIXED_RULES: dict[str, str] = {
+    "repack": "best-fit",
+    "repack-frugal": "best-fit",
+    "mell": "best-fit",
+    "load-balance-drain": "worst-fit",
+    "load-balance": "worst-fit",
+}
+"""How policies that count on moves place where there are none: so none is worse there than that baseline."""
 
 POLICY_NAMES: tuple[str, ...] = tuple(_RULES)
 DEFAULT_POLICY = "repack"
@@ -35,7 +56,9 @@ def make_policy(name: str, settings: PolicySettings | None = None) -> Policy:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")
     chosen = settings or PolicySettings()
     cluster = settings_cluster(chosen)
-    return PackingPolicy(name, cluster, _RULES[name](cluster, chosen))
+    rule = _RULES[name](cluster, chosen)
+    fixed = _FIXED_RULES.get(name)
+    return PackingPolicy(name, cluster, rule, rule if fixed is None else _RULES[fixed](cluster, chosen))
 
 
 __all__ = ["DEFAULT_POLICY", "POLICY_NAMES", "Policy", "PolicySettings", "make_policy"]

@@ -67,6 +67,8 @@ class GpuSpec:
     host: str = ""
     """Distance group: two GPUs of one host are near."""
     step: StepProfile | None = None
+    fixed: bool = False
+    """No item can be moved from here or to here. All GPUs of one `model` are alike in this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ class PolicySettings:
 
     head_room: float = 0.0
     """Share of a GPU's capacity that arrivals leave free for growth; an empty GPU takes any item that fits."""
+    fixed_head_room: float | None = None
+    """The same where nothing can be moved: on `fixed` GPUs, and for policies that move nothing. None: the same."""
     cooldown_epochs: int = 0
     """Epochs a moved item rests, except for overload and drain."""
     max_moves_per_epoch: int = 1_000_000
@@ -213,6 +217,9 @@ class Policy(Protocol):
 
     def failed(self, item_id: ItemId) -> None:
         """The item's move failed or was not carried out: it is at its source, its target is freed."""
+
+    def deferred(self, item_id: ItemId) -> None:
+        """The item's move does not begin in this epoch: as `failed`, but it may be planned again in the next one."""
 
     def size_of(self, item_id: ItemId) -> int:
         """The item's size as last told, growth not included."""

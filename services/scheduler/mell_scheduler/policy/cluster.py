@@ -46,7 +46,10 @@ class Cluster:
         self.watcher: Watcher | None = None
         self._by_slot: dict[int, GpuRecord] = {}
         self._active: dict[Pool, FreeIndex] = {}
-        self._standby: dict[Pool, dict[int, GpuRecord]] = {}
+        self._standby: dict[Pool, FreeIndex] = {}
+        """Standby GPUs, the longest known first: light load stays on the same few."""
+        self._fixed: dict[str, bool] = {}
+        """Model -> whether its items cannot be moved."""
         self._maybe_over: dict[int, GpuRecord] = {}
         self._next_seq = 1
 
@@ -55,11 +58,12 @@ class Cluster:
     def add_gpu(self, spec: GpuSpec) -> GpuRecord:
         """Register an empty GPU as standby."""
         assert spec.gpu_id not in self.gpus, f"GPU {spec.gpu_id} is already known"
+        assert self._fixed.setdefault(spec.model, spec.fixed) == spec.fixed, "one model, fixed and not"
         gpu = GpuRecord(spec, self._take_seq())
         self.gpus[spec.gpu_id] = gpu
         self._by_slot[gpu.slot] = gpu
         self._active.setdefault(self._pool(gpu), FreeIndex())
-        self._standby.setdefault(self._pool(gpu), {})
+        self._standby.setdefault(self._pool(gpu), FreeIndex())
         self.refresh(gpu)
         return gpu
 
@@ -68,7 +72,7 @@ class Cluster:
         gpu = self.gpus[gpu_id]
         for item in list(gpu.items.values()):
             if item.source is not None:
-                self.abort_move(item)
+                self.fail_move(item)
         lost = [*gpu.items.values(), *gpu.leaving.values()]
         for item in lost:
             self.remove(item)
@@ -92,10 +96,10 @@ class Cluster:
             if free is not None:
                 self._active[pool].add(free, gpu.slot)
             gpu.indexed_free = free
-        if usable and gpu.state is GpuState.STANDBY:
-            self._standby[pool][gpu.slot] = gpu
-        else:
-            self._standby[pool].pop(gpu.slot, None)
+        ready = usable and gpu.state is GpuState.STANDBY
+        if ready != gpu.listed_standby:
+            (self._standby[pool].add if ready else self._standby[pool].remove)(0, gpu.slot)
+            gpu.listed_standby = ready
         if gpu.over:
             self._maybe_over[gpu.slot] = gpu
 
@@ -183,9 +187,9 @@ class Cluster:
         source = item.gpu
         assert item.source is None, f"item {item.item_id} is already moving"
         assert target is not source, "a move needs two GPUs"
+        assert not source.spec.fixed, "its items cannot be moved"
         source.start_leaving(item, self.hold_both_ends)
         item.source, item.gpu = source, target
-        item.moved_epoch = self.epoch_number
         target.add(item)
         self.refresh(source)
         self.refresh(target)
@@ -200,7 +204,14 @@ class Cluster:
         source.end_leaving(item)
         item.source = None
         item.failures = 0
+        item.moved_epoch = self.epoch_number
         self.refresh(source)
+
+    def fail_move(self, item: ItemState) -> None:
+        """The item is back at its source, and rests: the longer, the more of its moves have failed."""
+        item.rest_until_epoch = self.epoch_number + (1 << min(item.failures, _LONGEST_BACKOFF))
+        item.failures += 1
+        self.abort_move(item)
 
     def abort_move(self, item: ItemState) -> None:
         """The item is back at its source."""
@@ -209,8 +220,6 @@ class Cluster:
         target.discard(item)
         source.end_leaving(item)
         item.source, item.gpu = None, source
-        item.rest_until_epoch = self.epoch_number + (1 << min(item.failures, _LONGEST_BACKOFF))
-        item.failures += 1
         source.add(item)
         self.refresh(target)
         self.refresh(source)
@@ -218,8 +227,10 @@ class Cluster:
             self.watcher.item_moved(item)
 
     def may_move(self, item: ItemState) -> bool:
-        """Not moving already, nor backing off after a failed move."""
-        return item.source is None and item.rest_until_epoch <= self.epoch_number
+        """Not moving already, nor backing off after a failed move; its GPU is heard and can let it go."""
+        gpu = item.gpu
+        free = item.source is None and not gpu.paused and not gpu.spec.fixed
+        return free and item.rest_until_epoch <= self.epoch_number
 
     def may_move_rested(self, item: ItemState) -> bool:
         """May move for less than an overload or a drain: its rest since the last move is over."""
@@ -258,7 +269,8 @@ class Cluster:
     def standbys(self, model: str, blocks: int) -> Iterator[GpuRecord]:
         """Standby GPUs that hold `blocks`, the smallest and then the longest known first."""
         for pool in sorted(p for p in self._standby if p[0] == model and p[1] >= blocks):
-            for gpu in self._standby[pool].values():
+            for slot in self._standby[pool].ascending(0):
+                gpu = self._by_slot[slot]
                 if gpu.free >= blocks:
                     yield gpu
 
@@ -272,8 +284,12 @@ class Cluster:
         return self._by_slot[slot]
 
     def models(self) -> list[str]:
-        """Models served, in order of arrival."""
-        return list(dict.fromkeys(model for model, _ in self._active))
+        """Models whose items can be moved, in order of arrival."""
+        return [model for model, fixed in self._fixed.items() if not fixed]
+
+    def fixed(self, model: str) -> bool:
+        """Whether a model's items cannot be moved."""
+        return self._fixed.get(model, False)
 
     def _pool(self, gpu: GpuRecord) -> Pool:
         return gpu.spec.model, gpu.capacity
@@ -305,7 +321,7 @@ class Cluster:
             expected = sorted((g.free, g.slot) for g in mine if g.state is GpuState.ACTIVE)
             assert index.pairs() == expected, "free index out of step"
             waiting = {g.slot for g in mine if g.state is GpuState.STANDBY}
-            assert set(self._standby[pool]) == waiting, "standby list out of step"
+            assert {slot for _, slot in self._standby[pool].pairs()} == waiting, "standby list out of step"
         over = {g.slot for g in self.gpus.values() if g.over}
         assert over <= set(self._maybe_over), "an overloaded GPU is not listed"
 

@@ -88,6 +88,7 @@ class GpuRecord:
         "indexed_free",
         "items",
         "leaving",
+        "listed_standby",
         "other",
         "paused",
         "slot",
@@ -113,6 +114,7 @@ class GpuRecord:
         self.other = 0
         self.indexed_free: int | None = None
         """Its key in the free index; None while it is not there."""
+        self.listed_standby = False
 
     @property
     def memory_free(self) -> int:

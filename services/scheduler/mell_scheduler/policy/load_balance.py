@@ -98,6 +98,8 @@ class LoadBalanceDrain:
         in_use = list(self._cluster.emptiest(model))
         if len(in_use) < 2 or not in_use[0].state_is_settled:
             return []
+        if not all(self._cluster.may_move_rested(item) for item in in_use[0].items.values()):
+            return []
         rest_capacity = sum(gpu.capacity for gpu in in_use[1:])
         load = sum(gpu.used + gpu.other for gpu in in_use)
         if load > self._balance.drain_below * rest_capacity:

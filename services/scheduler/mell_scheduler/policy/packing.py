@@ -32,12 +32,13 @@ class Rule(Protocol):
 
 
 class PackingPolicy:
-    """`base.Policy` for every rule that keeps no state per item of its own."""
+    """`base.Policy` around a rule. `fixed_rule` places, in its stead, where nothing placed can be moved later."""
 
-    def __init__(self, name: str, cluster: Cluster, rule: Rule) -> None:
+    def __init__(self, name: str, cluster: Cluster, rule: Rule, fixed_rule: Rule) -> None:
         self.name = name
         self.cluster = cluster
         self.rule = rule
+        self.fixed_rule = fixed_rule
 
     def add_gpu(self, spec: GpuSpec) -> None:
         """See `base.Policy`."""
@@ -76,7 +77,8 @@ class PackingPolicy:
 
     def allocate(self, item: Item, exclude: Collection[GpuId] = ()) -> GpuId | None:
         """See `base.Policy`."""
-        gpu = self.rule.choose(item, exclude)
+        rule = self.fixed_rule if self.cluster.fixed(item.model) else self.rule
+        gpu = rule.choose(item, exclude)
         if gpu is None:
             return None
         self.cluster.put(item, gpu)
@@ -118,6 +120,10 @@ class PackingPolicy:
         self.cluster.commit_move(self.cluster.items[item_id])
 
     def failed(self, item_id: ItemId) -> None:
+        """See `base.Policy`."""
+        self.cluster.fail_move(self.cluster.items[item_id])
+
+    def deferred(self, item_id: ItemId) -> None:
         """See `base.Policy`."""
         self.cluster.abort_move(self.cluster.items[item_id])
 
@@ -179,7 +185,7 @@ def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:
     for gpu in list(cluster.gpus.values()):
         if gpu.state is not GpuState.DRAINING:
             continue
-        for item in [i for i in gpu.items.values() if i.source is None]:
+        for item in [i for i in gpu.items.values() if cluster.may_move(i)]:
             target = rule.choose(item.as_item(), ())
             if target is not None:
                 moves.append(cluster.begin_move(item, target, Reason.DRAIN))

@@ -20,7 +20,7 @@ from mell_scheduler.sim.memory import DecisionLog, MemorySettings
 from mell_scheduler.sim.report import Report, as_table
 from mell_scheduler.sim.requests import Scaling
 from mell_scheduler.sim.roofline import Roofline
-from mell_scheduler.sim.simulate import DEFAULT_POLICIES, Simulation, simulate
+from mell_scheduler.sim.simulate import DEFAULT_POLICIES, Simulation, bare_policy, live_core, simulate
 from mell_scheduler.sim.simulate_timed import TimedSimulation, as_timed_table, simulate_timed
 from mell_scheduler.sim.timed import Slo, TimedSettings
 from mell_scheduler.sim.trace import TraceError
@@ -38,6 +38,13 @@ class Switch(StrEnum):
 
     ON = "on"
     OFF = "off"
+
+
+class Through(StrEnum):
+    """What decides in the simulation."""
+
+    CORE = "core"
+    POLICY = "policy"
 
 
 _POSITIVE = 1e-9
@@ -70,6 +77,9 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     prefix_cache: Annotated[
         Switch, typer.Option(help="Timed: reuse equal prefixes that the trace's hash_ids name.")
     ] = Switch.ON,
+    through: Annotated[
+        Through, typer.Option(help="policy: alone, faster; core: inside the scheduler core that runs live.")
+    ] = Through.POLICY,
     epoch_s: Annotated[float, typer.Option(min=0.01, help="Time between two plans of moves.")] = 1.0,
     move_s: Annotated[float, typer.Option(min=0.0, help="Time a move holds memory at both ends.")] = 0.0,
     head_room: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a GPU arrivals leave free.")] = 0.0,
@@ -87,7 +97,7 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     console = Console()
     try:
         common = _Common(trace, _policies(policy), Scaling(time_scale, length_scale, copies, seed), warmup_s, until_s)
-        common = replace(common, settings=PolicySettings(head_room=head_room))
+        common = replace(common, settings=PolicySettings(head_room=head_room), through=through)
         outputs = _Outputs(json_, html, save_decisions)
         if mode is Mode.TIMED:
             timed = TimedSettings(
@@ -119,7 +129,10 @@ def _run_memory(console: Console, common: "_Common", memory: MemorySettings, out
         common.settings,
     )
     with _decision_log(outputs.decisions) as log, _progress(console) as progress:
-        report = simulate(simulation, perf_counter_ns, progress, log)
+        make_driver = (
+            live_core(memory.epoch_s, memory.predicted_growth) if common.through is Through.CORE else bare_policy
+        )
+        report = simulate(simulation, perf_counter_ns, progress, log, make_driver)
     console.print(as_table(report))
     outputs.write(report.as_json(), report)
 
@@ -138,7 +151,8 @@ def _run_timed(console: Console, common: "_Common", timed: TimedSettings, equal_
         equal_slo,
     )
     with _progress(console) as progress:
-        report = simulate_timed(simulation, progress)
+        make_driver = live_core(timed.epoch_s) if common.through is Through.CORE else bare_policy
+        report = simulate_timed(simulation, progress, make_driver)
     console.print(as_timed_table(report))
     outputs.write(report.as_json(), report.report)
 
@@ -153,6 +167,7 @@ class _Common:
     warmup_s: float
     until_s: float | None
     settings: PolicySettings = field(default_factory=PolicySettings)
+    through: Through = Through.POLICY
 
 
 @dataclass(frozen=True, slots=True)

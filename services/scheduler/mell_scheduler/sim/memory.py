@@ -28,6 +28,16 @@ class MemorySettings:
     move_s: float = 0.0
     max_gpus: int | None = None
 
+    @property
+    def tick_us(self) -> int:
+        """The step of the simulation: an epoch, at most a second."""
+        return min(round(self.epoch_s * US_PER_S), US_PER_S)
+
+    @property
+    def predicted_growth(self) -> int:
+        """Growth while a move is under way; with instant moves the epoch cures what has grown."""
+        return ceil(self.decode_tokens_per_s * self.tick_us / US_PER_S) if self.move_s else 0
+
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
@@ -58,12 +68,11 @@ class MemoryRun:
         self.settings = settings
         self._driver = driver
         self._clock = clock
-        self.tick_us = min(round(settings.epoch_s * US_PER_S), US_PER_S)
+        self.tick_us = settings.tick_us
         self._epoch_ticks = max(1, round(settings.epoch_s * US_PER_S / self.tick_us))
         self._rate = settings.decode_tokens_per_s * self.tick_us / US_PER_S
         self._move_ticks = ceil(settings.move_s * US_PER_S / self.tick_us)
-        self._growth = ceil(self._rate) if self._move_ticks else 0
-        """Predicted growth while a move is under way; with instant moves the epoch cures what has grown."""
+        self._growth = settings.predicted_growth
         self._gpus: dict[GpuId, _Gpu] = {}
         self._busy: dict[GpuId, _Gpu] = {}
         self._running: dict[ItemId, _Sequence] = {}

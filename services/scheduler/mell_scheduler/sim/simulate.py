@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.sim.core_driver import CoreDriver
 from mell_scheduler.sim.driver import Driver, PolicyDriver
 from mell_scheduler.sim.memory import DecisionLog, MemoryRun, MemorySettings, NanosecondClock
 from mell_scheduler.sim.paper import paper_workload
@@ -68,6 +69,15 @@ def window_of(workload: Workload, warmup_s: float, until_s: float | None) -> Win
 def bare_policy(name: str, settings: PolicySettings) -> Driver:
     """The policy alone, without the live core around it."""
     return PolicyDriver(make_policy(name, settings))
+
+
+def live_core(epoch_s: float, growth_blocks: int | None = None) -> MakeDriver:
+    """The policy inside the scheduler core that also runs live; `growth_blocks` as in `CoreDriver`."""
+
+    def make(name: str, settings: PolicySettings) -> Driver:
+        return CoreDriver(name, settings, growth_blocks, round(epoch_s * US_PER_S))
+
+    return make
 
 
 def simulate(

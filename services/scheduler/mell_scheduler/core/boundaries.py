@@ -1,0 +1,89 @@
+"""The two boundaries of adaptive transfer (MELL §V) for each worker: what its link carries, what it can prefill.
+
+As the worker says, else as set; then kept current from what moves really took.
+"""
+
+from collections.abc import Sequence
+
+from mell_scheduler.core.ledger import Ledger
+from mell_scheduler.core.values import CoreSettings
+from mell_scheduler.policy.transfer import Budgets, Candidate, LinkId, RateEstimate
+from mell_shared.messages.scheduler import MigrationCommitted
+
+
+def link_out(worker: str) -> LinkId:
+    """What a worker sends."""
+    return f"{worker} out"
+
+
+def link_in(worker: str) -> LinkId:
+    """What a worker receives."""
+    return f"{worker} in"
+
+
+class Boundaries:
+    """Rates of links and prefill, and what is left of them beside the moves under way."""
+
+    def __init__(self, ledger: Ledger, settings: CoreSettings) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._links: dict[LinkId, RateEstimate] = {}
+        self._prefill: dict[str, RateEstimate] = {}
+
+    def budgets(self, candidates: Sequence[Candidate], block_tokens: int) -> Budgets:
+        """What these moves may use: of each link and target what the moves under way leave, and the epoch's limits."""
+        limit_us = self._settings.transfer_limit_us
+        link_bytes: dict[LinkId, int] = {}
+        prefill_tokens: dict[str, int] = {}
+        for source, target in {(c.move.source, c.move.target): None for c in candidates}:
+            link_bytes[link_out(source)] = self._link(link_out(source), source).budget(limit_us)
+            link_bytes[link_in(target)] = self._link(link_in(target), target).budget(limit_us)
+            prefill_tokens[target] = self._prefill_of(target).budget(limit_us)
+        self._subtract_moving(link_bytes, prefill_tokens)
+        return Budgets(
+            link_bytes=link_bytes,
+            prefill_tokens=prefill_tokens,
+            limit_us=limit_us,
+            max_moves=self._settings.max_moves_per_epoch,
+            max_bytes=self._settings.max_move_bytes_per_epoch,
+            block_tokens=block_tokens,
+        )
+
+    def _subtract_moving(self, link_bytes: dict[LinkId, int], prefill_tokens: dict[str, int]) -> None:
+        for record in self._ledger.moving.values():
+            assert record.migration is not None
+            transfer = record.migration.transfer
+            for link in (link_out(record.migration.source), link_in(record.migration.target)):
+                if link in link_bytes:
+                    link_bytes[link] = max(0, link_bytes[link] - transfer.copied_bytes)
+            target = record.migration.target
+            if target in prefill_tokens:
+                prefill_tokens[target] = max(0, prefill_tokens[target] - transfer.recomputed_tokens)
+
+    def observe(self, done: MigrationCommitted) -> None:
+        """Learn from a move what it really took, as far as it says."""
+        for link, worker in ((link_out(done.source), done.source), (link_in(done.worker), done.worker)):
+            if worker in self._ledger.workers:
+                self._link(link, worker).observe(done.copied_bytes, done.copy_us)
+        self._prefill_of(done.worker).observe(done.prefilled_tokens, done.prefill_us)
+        self._forget_gone()
+
+    def _link(self, link: LinkId, worker: str) -> RateEstimate:
+        if link not in self._links:
+            said = self._ledger.workers[worker].spec.link_bytes_per_s
+            self._links[link] = RateEstimate(float(said or self._settings.link_bytes_per_s))
+        return self._links[link]
+
+    def _prefill_of(self, worker: str) -> RateEstimate:
+        if worker not in self._prefill:
+            said = self._ledger.workers[worker].spec.prefill_tokens_per_s
+            self._prefill[worker] = RateEstimate(float(said or self._settings.prefill_tokens_per_s))
+        return self._prefill[worker]
+
+    def _forget_gone(self) -> None:
+        """Keep nothing of workers that are gone; only looked at when much more is kept than there are workers."""
+        workers = self._ledger.workers
+        if len(self._links) <= 2 * len(workers) + 64:
+            return
+        self._links = {link: rate for link, rate in self._links.items() if link.rpartition(" ")[0] in workers}
+        self._prefill = {worker: rate for worker, rate in self._prefill.items() if worker in workers}

@@ -1,0 +1,114 @@
+"""What a worker's report changes: sizes, strangers adopted, ends and moves whose news got lost, draining."""
+
+from mell_scheduler.core.ledger import Ledger
+from mell_scheduler.core.records import SequenceRecord, WorkerRecord
+from mell_scheduler.core.values import CoreSettings
+from mell_scheduler.policy.base import Item, Policy
+from mell_shared.messages.scheduler import WorkerReport
+
+
+class Intake:
+    """Takes reports into the ledger and the policy."""
+
+    def __init__(self, ledger: Ledger, policy: Policy, settings: CoreSettings) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._settings = settings
+
+    def take(self, worker: WorkerRecord, report: WorkerReport, now_us: int) -> None:
+        """Take a report that is newer than all before: the worker's state is what it says, plus what is pending."""
+        assert report.number > worker.number, "older reports are dropped"
+        worker.note(report, now_us)
+        # A drained worker is released, and would take no rows; it is drained again below.
+        self._ledger.set_draining(worker, draining=False)
+        if worker.silent:
+            worker.silent = False
+            self._policy.resume_gpu(worker.worker_id)
+        held_blocks, worker.stale = self._take_rows(worker, report, now_us)
+        self._forget_missing(worker, now_us)
+        self._share_out(worker, held_blocks)
+        self._ledger.set_draining(worker, draining=report.draining)
+        self._ledger.refresh_closed(worker)
+
+    def _take_rows(
+        self, worker: WorkerRecord, report: WorkerReport, now_us: int
+    ) -> tuple[int, dict[str, tuple[int, int]]]:
+        """Update, adopt or set aside each row; returns the blocks of this worker's records, and the stale copies."""
+        model, limit = self._ledger.model_of(worker), self._settings.growth_limit_tokens
+        stale: dict[str, tuple[int, int]] = {}
+        names: list[str] = []
+        sizes: list[int] = []
+        held_blocks = gained = gainers = 0
+        for sequence, generation, tokens, blocks in zip(
+            report.sequences, report.generations, report.tokens, report.blocks, strict=True
+        ):
+            record = self._holder(worker, sequence, generation, now_us)
+            if record is None:
+                stale[sequence] = (generation, blocks)
+                continue
+            gain = record.observe(report.number, tokens, blocks, limit)
+            names.append(sequence)
+            sizes.append(record.size_blocks)
+            held_blocks += blocks
+            if gain > 0:
+                gained, gainers = gained + gain, gainers + 1
+        strangers = self._policy.update_gpu(worker.worker_id, names, sizes)
+        assert not strangers, "the policy and the ledger disagree on what is where"
+        if gainers:
+            model.learn_growth(gained // gainers, limit)
+        return held_blocks, stale
+
+    def _holder(self, worker: WorkerRecord, sequence: str, generation: int, now_us: int) -> SequenceRecord | None:
+        """The record a row is about; None if a newer generation is known elsewhere: the row is a stale copy."""
+        record = self._ledger.sequences.get(sequence)
+        if record is not None and record.worker is not worker and generation > record.generation:
+            self._found_elsewhere(record, worker, generation, now_us)
+            record = self._ledger.sequences.get(sequence)
+        if record is not None and record.worker is worker:
+            if generation < record.generation or record.number == worker.number:
+                return None
+            record.generation = generation
+            if record.pending_until_us is not None:
+                del self._ledger.pending[sequence]
+            return record
+        return None if record is not None else self._adopt(worker, sequence, generation)
+
+    def _found_elsewhere(self, record: SequenceRecord, worker: WorkerRecord, generation: int, now_us: int) -> None:
+        """A worker reports a newer generation: the move there is done, or somebody submitted it again."""
+        migration = record.migration
+        if migration is None or migration.target != worker.worker_id:
+            self._ledger.supersede(record)
+            return
+        source, old = record.worker, (record.generation, record.blocks)
+        shared_blocks = source.shared_blocks
+        self._ledger.land(record, generation, now_us)
+        source.stale[record.sequence] = old  # it may not know yet; its next report tells
+        self._ledger.raise_other(source, old[1] - (shared_blocks - source.shared_blocks))
+
+    def _adopt(self, worker: WorkerRecord, sequence: str, generation: int) -> SequenceRecord:
+        record = SequenceRecord(sequence, generation, worker, self._ledger.model_of(worker).growth_tokens)
+        self._ledger.sequences[sequence] = worker.sequences[sequence] = record
+        self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
+        return record
+
+    def _forget_missing(self, worker: WorkerRecord, now_us: int) -> None:
+        """What the last report told of and this one does not has ended or gone, or moved; the news got lost."""
+        gone = [r for r in worker.sequences.values() if r.number != worker.number and r.pending_until_us is None]
+        for record in gone:
+            if record.migration is None:
+                self._ledger.forget(record)
+            else:
+                self._ledger.land(record, record.generation, now_us)
+
+    def _share_out(self, worker: WorkerRecord, held_blocks: int) -> None:
+        """What is used beyond the records is `other`; what rows count twice is `shared`.
+
+        Where a preempted sequence waits, what seems free is withheld: nothing else will be let in.
+        """
+        worker.other_blocks = worker.used_blocks - held_blocks
+        if worker.waiting:
+            self._policy.set_other_blocks(worker.worker_id, worker.other_blocks)
+            worker.other_blocks += max(0, self._ledger.free_blocks(worker))
+        all_rows = held_blocks + sum(blocks for _, blocks in worker.stale.values())
+        worker.shared_blocks = max(0, all_rows - worker.used_blocks)
+        self._policy.set_other_blocks(worker.worker_id, worker.other_blocks)

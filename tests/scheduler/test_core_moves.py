@@ -1,0 +1,297 @@
+"""Moves of the core by hand: what is planned, what is held meanwhile, and each way in which a move comes out."""
+
+from itertools import pairwise
+
+import pytest
+
+from mell_scheduler.core import Command, LeadershipTaken, MigrationSettled, StartMigration, WantGpus
+from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed
+from tests.scheduler.script import SECOND, Row, Script, placed, queued, replies
+
+KV = ("kv",)
+
+
+def orders(commands: list[Command]) -> list[StartMigration]:
+    """The moves begun."""
+    return [command for command in commands if isinstance(command, StartMigration)]
+
+
+def settled(commands: list[Command]) -> list[tuple[str, str]]:
+    """How moves came out: sequence and outcome."""
+    return [(c.sequence, c.outcome) for c in commands if isinstance(c, MigrationSettled)]
+
+
+class Packed(Script):
+    """Two workers that can move sequences: `a` holds much, `b` little, so that `repack` empties `b` into `a`."""
+
+    def __init__(self, *, modes: tuple[str, ...] = KV, second_modes: tuple[str, ...] | None = None, **settings: int):
+        super().__init__("repack", **settings)
+        self.rows: dict[str, list[Row]] = {"a": [("big", 1, 640, 40)], "b": [("small", 1, 160, 10)]}
+        self.send(LeadershipTaken(7))
+        self.join("a", migration_modes=modes)
+        self.join("b", migration_modes=modes if second_modes is None else second_modes)
+
+    def second(self) -> list[Command]:
+        """Everybody reports, and a second passes."""
+        said = [command for worker in self.rows for command in self.report(worker, *self.rows[worker])]
+        return said + self.wait(1)
+
+    def order(self) -> StartMigration:
+        """Let time pass until the one move of this scene is ordered."""
+        for _ in range(5):
+            found = orders(self.second())
+            if found:
+                (order,) = found
+                return order
+        raise AssertionError("no move was ordered")
+
+    def commit(self, order: StartMigration, generation: int = 2, **fields: int) -> list[Command]:
+        """The target tells that the sequence goes on there."""
+        told = order.order
+        return self.send(
+            MigrationCommitted(
+                worker=told.target,
+                source=order.source,
+                migration=told.migration,
+                sequence=told.sequence,
+                generation=generation,
+                **fields,
+            )
+        )
+
+    def fail(self, order: StartMigration, reason: str) -> list[Command]:
+        """The source tells that the sequence stays."""
+        told = order.order
+        return self.send(
+            MigrationFailed(
+                worker=order.source,
+                migration=told.migration,
+                sequence=told.sequence,
+                generation=told.generation,
+                reason=reason,
+            )
+        )
+
+    def free(self, worker: str) -> int:
+        """Blocks that the core would still give away."""
+        return self.core.ledger.free_blocks(self.core.ledger.workers[worker])
+
+
+def test_an_almost_empty_worker_is_emptied() -> None:
+    """The order names sequence, generation, target, mode, reason and term."""
+    order = Packed().order()
+    told = order.order
+    assert (order.source, told.target, told.sequence, told.generation) == ("b", "a", "small", 1)
+    assert (told.mode, told.split_tokens, told.reason, told.term) == ("kv", 0, "consolidate", 7)
+    assert told.migration == "7-1"
+    assert order.predicted_us == pytest.approx(160 * 131_072 / 125, rel=0.01)
+
+
+@pytest.mark.parametrize(("first", "second"), [((), ()), (KV, ()), (("tokens",), KV), (("sorcery",), ("sorcery",))])
+def test_only_workers_that_can_do_the_same_take_part(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    """Nothing is planned from or to a worker that declares no mode, or none that is known, or another one."""
+    scene = Packed(modes=first, second_modes=second)
+    assert not orders([command for _ in range(6) for command in scene.second()])
+
+
+def test_nothing_moves_in_a_new_leaders_first_two_report_intervals() -> None:
+    """It may not have heard everybody yet."""
+    scene = Packed()
+    assert not orders(scene.second())
+    assert scene.now_us < 2 * SECOND
+    assert orders(scene.second())
+    assert scene.now_us == 2 * SECOND
+
+
+def test_both_ends_are_held_until_the_move_is_settled() -> None:
+    """No arrival gets the room that the move needs at its target, or still has at its source."""
+    scene = Packed()
+    scene.second()
+    before = scene.free("a"), scene.free("b")
+    order = scene.order()
+    assert (scene.free("a"), scene.free("b")) == (before[0] - order.blocks, before[1])
+    assert settled(scene.commit(order)) == [("small", "committed")]
+    assert (scene.free("a"), scene.free("b")) == (before[0] - order.blocks, before[1] + order.blocks)
+
+
+def test_an_emptied_worker_stands_by() -> None:
+    """And the sequence is known to be at its target, under the new generation."""
+    scene = Packed()
+    scene.commit(scene.order())
+    ledger = scene.core.ledger
+    assert ledger.standing(ledger.workers["b"]) == "standby"
+    assert scene.answer("small", generation=2) == placed("a")
+
+
+def test_a_commit_makes_room_for_who_waits() -> None:
+    """The source's memory is free at once."""
+    scene = Packed()
+    order = scene.order()
+    assert replies(scene.ask("wide", 1_580, 16)) == {}
+    assert replies(scene.commit(order)) == {"wide": placed("b")}
+
+
+def test_a_failed_move_frees_the_target_and_rests() -> None:
+    """One, two, four epochs: the same sequence is tried ever more rarely."""
+    scene = Packed()
+    scene.rows["a"] = [("big", 1, 1_120, 70)]
+    tries: list[int] = []
+    for _ in range(20):
+        for order in orders(scene.second()):
+            tries.append(scene.now_us // SECOND)
+            assert settled(scene.fail(order, "no_room")) == [("small", "failed")]
+    gaps = [later - earlier for earlier, later in pairwise(tries)]
+    assert gaps == [1, 2, 4, 8]
+
+
+def test_a_pair_that_cannot_rests_whoever_is_to_move() -> None:
+    """After `unreachable` even another sequence is not sent between the two for an epoch, then two."""
+    scene = Packed()
+    scene.fail(scene.order(), "unreachable")
+    scene.rows["b"] = [("other", 1, 160, 10)]
+    scene.fail(scene.order(), "unreachable")
+    since_us = scene.now_us
+    scene.rows["b"] = [("third", 1, 160, 10)]
+    assert scene.order().order.sequence == "third"
+    assert scene.now_us - since_us == 2 * SECOND
+
+
+def test_a_move_not_heard_of_fails_after_a_while() -> None:
+    """Both ends are released, and the failure is told."""
+    scene = Packed(migration_timeout_us=3 * SECOND)
+    scene.order()
+    said = [command for _ in range(3) for command in scene.second()]
+    assert ("small", "timeout") in settled(said)
+    assert not scene.core.ledger.moving
+
+
+def test_the_targets_report_settles_a_move_whose_news_was_lost() -> None:
+    """The source's copy stays charged until the source, too, reports."""
+    scene = Packed()
+    order = scene.order()
+    free = scene.free("b")
+    said = scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
+    assert settled(said) == [("small", "committed")]
+    assert scene.free("b") == free + order.blocks - 10
+    scene.report("b")
+    assert scene.free("b") == 100
+
+
+def test_a_source_that_has_let_go_settles_it_too() -> None:
+    """The sequence counts at its target until that reports, or is forgotten if it never does."""
+    scene = Packed()
+    scene.order()
+    assert settled(scene.report("b")) == [("small", "committed")]
+    assert scene.core.ledger.sequences["small"].worker.worker_id == "a"
+    scene.wait(1)
+    scene.report("a", ("big", 1, 640, 40))
+    for _ in range(5):
+        scene.wait(1)
+        scene.report("a", ("big", 1, 640, 40))
+    assert "small" not in scene.core.ledger.sequences
+
+
+@pytest.mark.parametrize(("dies", "kept"), [("b", False), ("a", True)])
+def test_a_worker_that_dies_at_either_end_ends_the_move(dies: str, kept: bool) -> None:
+    """With its source the sequence is gone; without its target it stays where it is."""
+    scene = Packed()
+    scene.order()
+    assert settled(scene.leave(dies)) == [("small", "ended")]
+    assert ("small" in scene.core.ledger.sequences) == kept
+
+
+@pytest.mark.parametrize("worker", ["a", "b"])
+def test_a_sequence_that_ends_in_mid_move_leaves_nothing_behind(worker: str) -> None:
+    """Whichever end says so: the target may have taken over, and the news of that got lost."""
+    scene = Packed()
+    scene.order()
+    assert settled(scene.finish(worker, "small", 2)) == [("small", "ended")]
+    assert scene.free("b") == 100
+
+
+def test_late_news_change_nothing() -> None:
+    """A commit or failure of a move that is over is ignored; reports have the last word."""
+    scene = Packed()
+    order = scene.order()
+    scene.fail(order, "no_room")
+    free = scene.free("a"), scene.free("b")
+    assert scene.commit(order) == []
+    assert scene.fail(order, "no_room") == []
+    assert (scene.free("a"), scene.free("b")) == free
+
+
+def test_a_draining_worker_is_emptied() -> None:
+    """What finds room elsewhere is ordered away; the rest waits."""
+    scene = Packed()
+    scene.rows = {"a": [("big", 1, 640, 40)], "b": [("one", 1, 640, 40), ("two", 1, 320, 20)]}
+    scene.second()
+    found: list[StartMigration] = []
+    for _ in range(3):
+        scene.report("a", *scene.rows["a"])
+        scene.report("b", *scene.rows["b"], draining=True)
+        found += orders(scene.wait(1))
+    assert [(o.order.sequence, o.order.target, o.order.reason) for o in found] == [("one", "a", "drain")]
+
+
+def test_a_move_is_made_by_tokens_where_the_link_is_slow() -> None:
+    """Both boundaries decide, as workers tell them."""
+    slow = {"link_bytes_per_s": 1_000_000, "prefill_tokens_per_s": 4_000}
+    scene = Packed(modes=("kv", "tokens", "hybrid"))
+    scene.specs = {name: spec.model_copy(update=slow) for name, spec in scene.specs.items()}
+    for worker in scene.core.ledger.workers.values():
+        worker.spec = worker.spec.model_copy(update=slow)
+    assert scene.order().order.mode == "tokens"
+
+
+def test_a_hybrid_names_its_split_in_whole_blocks() -> None:
+    """Where neither boundary has room for all of it, each takes a part."""
+    scene = Packed(modes=("hybrid",), link_bytes_per_s=2_000_000, prefill_tokens_per_s=20, kv_bytes_per_token=131_072)
+    told = scene.order().order
+    assert told.mode == "hybrid"
+    assert 0 < told.split_tokens < 160
+    assert told.split_tokens % 16 == 0
+
+
+def test_what_finds_no_room_in_the_boundaries_waits_for_another_epoch() -> None:
+    """It is deferred without being held against it: as soon as there is room it goes."""
+    scene = Packed(link_bytes_per_s=1)
+    assert not orders([command for _ in range(8) for command in scene.second()])
+    assert not scene.core.ledger.moving
+    scene.core._migrations._boundaries._links["b out"].per_s = 1e9  # the links have become faster
+    scene.core._migrations._boundaries._links["a in"].per_s = 1e9
+    assert orders(scene.second())
+
+
+def test_rates_follow_what_moves_took() -> None:
+    """A slow copy makes the next prediction longer."""
+    scene = Packed()
+    first = scene.order()
+    scene.commit(first, copied_bytes=1_000_000, copy_us=1_000_000)
+    scene.rows = {"a": [("big", 1, 640, 40), ("small", 2, 160, 10)], "b": [("next", 1, 160, 10)]}
+    assert scene.order().predicted_us > first.predicted_us
+
+
+def test_gpus_wanted_are_told_when_they_change() -> None:
+    """Those in use, and one more for what waits."""
+    scene = Packed(modes=())
+    said = [command for _ in range(3) for command in scene.second()]
+    assert [c for c in said if isinstance(c, WantGpus)] == [WantGpus("m", 2)]
+    assert scene.answer("wide", 1_500, 16) is None
+    said = scene.second()
+    assert [c for c in said if isinstance(c, WantGpus)] == [WantGpus("m", 3)]
+
+
+def test_a_worker_with_preempted_sequences_takes_nothing() -> None:
+    """It refuses everything while one waits there, so neither arrivals nor moves count on its free blocks."""
+    scene = Packed()
+    scene.rows["b"] = [("small", 1, 160, 10)]
+    waiting = {"states": [1], "blocks": [0], "used_blocks": 0, "free_blocks": 100}
+    for _ in range(4):
+        scene.report("a", *scene.rows["a"], **waiting)
+        scene.report("b", *scene.rows["b"])
+        assert not [o for o in orders(scene.wait(1)) if o.order.target == "a"]
+    assert scene.free("a") <= 0
+    assert scene.answer("s1", 1_440, 1) is None
+    assert replies(scene.report("a", *scene.rows["a"])) == {}
+    scene.wait(1)
+    assert scene.answer("s2", 160, 1) in {placed("a"), queued(0), None}
