@@ -1,11 +1,11 @@
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from mell_gpu_worker.model_store import pull
+from mell_shared.models import default_model_dir
 from tests.benchmarks.figures import memory_read_gb_per_s, print_table, size, spread, verdict
 from tests.benchmarks.processes import CLIENT, FAKE, SERVICES, BareEngine, MeasuredStack, Round
 
@@ -13,13 +13,6 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(900)]
 
 MODEL = "smollm2-135m"
 ROUNDS = size("ROUNDS", 5)
-
-
-def pull_model() -> None:
-    """Make sure that the model is there; takes a minute the first time."""
-    subprocess.run(
-        [sys.executable, "-m", "mell_console", "model", "pull", MODEL], check=True, stdout=subprocess.DEVNULL
-    )
 
 
 def test_stack_against_bare_engine(tmp_path: Path) -> None:
@@ -32,7 +25,7 @@ def test_stack_against_bare_engine(tmp_path: Path) -> None:
     engine = ("--model", MODEL, "--threads", "1", "--kv-blocks", "512")
     # Plain completions: a chat template's beginning would come from the prefix cache, which the bare loop has not.
     shape = {"endpoint": "completions", "concurrency": streams, "requests": streams, "prompt_tokens": prompt_tokens}
-    pull_model()
+    pull(MODEL, default_model_dir(), lambda _stage, _fraction: None)
     rounds, bare, memory = [], [], []
     with MeasuredStack(tmp_path, MODEL, *engine[2:]) as stack, BareEngine(*engine) as alone:
         lengths = stack.load(**shape, output_tokens=4, seed=1000).prompt_tokens

@@ -1,4 +1,4 @@
-"""UCX with nothing of ours around it, spinning on progress: what the transport is compared with."""
+"""UCX with nothing of ours around it, in ucxx's blocking mode: what the transport is compared with."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from ucxx._lib.arr import Array
 from ucxx.types import Tag
 
 _TAG = Tag(7)
+_WAIT_MS = 100
 
 
 class RawUcx:
@@ -20,6 +21,7 @@ class RawUcx:
         settings = {"NET_DEVICES": "lo", "TLS": "tcp", "RNDV_SCHEME": "put_zcopy"}
         self._context = ucx.UCXContext(settings, (ucx.Feature.TAG, ucx.Feature.WAKEUP, ucx.Feature.STREAM))
         self._worker = ucx.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+        self._worker.init_blocking_progress_mode()
         self._endpoint: Any = None
 
     def __enter__(self) -> "RawUcx":
@@ -34,7 +36,7 @@ class RawUcx:
         listener = ucx.UCXListener.create(self._worker, 0, accepted.append, deliver_endpoint=True)
         tell(listener.port)
         while not accepted:
-            self._worker.progress_once()
+            self._worker.progress_worker_event(_WAIT_MS)
         self._endpoint = accepted[0]
 
     def connect(self, port: int) -> None:
@@ -51,6 +53,6 @@ class RawUcx:
 
     def _wait(self, requests: list[Any]) -> None:
         while not all(request.completed for request in requests):
-            self._worker.progress_once()
+            self._worker.progress_worker_event(_WAIT_MS)
         for request in requests:
             request.check_error()

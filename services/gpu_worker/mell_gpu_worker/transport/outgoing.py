@@ -102,32 +102,27 @@ class LinkOutgoing:
         self._link.close()
 
     async def _round(self, regions: list[tuple[int, Region]]) -> Round:
-        """Send a round while listening: a target that fails says so at once."""
+        """Send a round while listening: a target that fails says so at once, and that ends the sending."""
         answer = asyncio.ensure_future(self._answer())
-        pump = asyncio.ensure_future(self._pump(regions))
+        answer.add_done_callback(self._heard)
         try:
-            await asyncio.wait((answer, pump), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done() and not pump.done():
-                await answer
-                raise ProtocolError("the target confirmed a round that was not sent")
-            return await self._confirmed(pump, answer)
-        finally:
-            if not (answer.done() and pump.done()):
-                answer.cancel()
-                pump.cancel()
-                self._link.close()
-            await asyncio.gather(answer, pump, return_exceptions=True)
-
-    @staticmethod
-    async def _confirmed(pump: "asyncio.Future[Round]", answer: "asyncio.Future[None]") -> Round:
-        try:
-            sent = await pump
+            sent = await self._pump(regions)
+            await answer
         except LinkLostError:
             # The target's own words about why it closed, if they came, say more.
-            await answer
+            if answer.done() and (said := answer.exception()) is not None:
+                raise said from None
             raise
-        await answer
+        finally:
+            if not answer.done():
+                answer.cancel()
+                self._link.close()
+            await asyncio.gather(answer, return_exceptions=True)
         return sent
+
+    def _heard(self, answer: "asyncio.Future[None]") -> None:
+        if not answer.cancelled() and answer.exception() is not None:
+            self._link.close()
 
     async def _answer(self) -> None:
         answer = Answer.decode(await self._link.receive_frame())
