@@ -62,8 +62,10 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hi"}, "messages"),
     ({"messages": None}, "messages"),
     ({"messages": ["hi"]}, "messages[0]"),
-    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]"),
-    ({"messages": [{"content": "x"}]}, "messages[0]"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"modalities": ["text", "audio"]}, "modalities[1]"),
     ({"messages": [USER, {"role": "user"}]}, "messages[1].content"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content"),
@@ -150,6 +152,24 @@ async def test_wrong_chat_requests(
         response = await client.post(CHAT, json={**ASK, "stream": stream, **change})
         assert checked(response, 400, param)["type"] == "invalid_request_error"
     assert gateway.streams == []
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": "x"}, "messages[0].role: Field required."),
+        (
+            {"role": "wizard", "content": "x"},
+            "messages[0].role: must be one of 'system', 'developer', 'user', 'assistant', 'tool', got 'wizard'.",
+        ),
+    ],
+)
+async def test_a_wrong_role_is_told_in_the_users_words(
+    client: httpx.AsyncClient, message: dict[str, Any], said: str
+) -> None:
+    """A message without a role, or with an unknown one, is told what roles there are."""
+    response = await client.post(CHAT, json={**ASK, "messages": [message]})
+    assert checked(response, 400, "messages[0].role")["message"] == said
 
 
 @pytest.mark.parametrize(

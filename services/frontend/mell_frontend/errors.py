@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from mell_frontend.generation import GenerationError
 
@@ -72,11 +73,22 @@ def from_generation(error: GenerationError) -> ApiError:
 
 def from_validation(error: ValidationError, body: Any) -> ApiError:
     """Return the 400 for a body that is JSON but not the request it should be; names the first wrong field."""
-    fault = error.errors(include_url=False, include_context=False)[0]
+    fault = error.errors(include_url=False)[0]
     param = _path(fault["loc"], body, missing=fault["type"] == "missing")
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        param, message = _wrong_tag(param, fault)
     place = f"{param}: " if param else ""
     return bad_request(f"{place}{message}.".replace("..", "."), param or None, "invalid_value")
+
+
+def _wrong_tag(param: str, fault: ErrorDetails) -> tuple[str, str]:
+    """Name the field that says which of several forms an object has (a message's `role`), and what it may be."""
+    names = fault["ctx"]
+    field, expected = names["discriminator"].strip("'"), names.get("expected_tags")
+    if expected is None:
+        return f"{param}.{field}", "Field required"
+    return f"{param}.{field}", f"must be one of {expected}, got {_shown(names['tag'])!r}"
 
 
 def _path(loc: tuple[int | str, ...], body: Any, *, missing: bool) -> str:

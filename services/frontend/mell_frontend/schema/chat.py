@@ -160,6 +160,7 @@ class ChatCompletionRequest(SamplingRequest):
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool = True
+    modalities: list[Literal["text"]] = ["text"]
 
     reasoning_effort: Any = None
 
