@@ -25,6 +25,8 @@ from tests.cluster.stack import Stack
 
 FAKE = ("--engine", "fake", "--kv-blocks", "16384")
 CLIENT = "load client"
+_LOADING_S = 180.0
+"""Only ends a benchmark that has failed."""
 SERVICES = ("frontend", "worker", "scheduler", "nats-server")
 
 
@@ -83,8 +85,8 @@ class MeasuredStack:
         worker = self._stack.start("mell_gpu_worker", "--model", self._model, *self._worker)
         scheduler = self._stack.start("mell_scheduler")
         frontend = self._stack.start("mell_frontend", "--models", self._model, "--port", "0")
-        worker.ready()
-        self.url = frontend.ready()["url"]
+        worker.ready(_LOADING_S)
+        self.url = frontend.ready(_LOADING_S)["url"]
         pids = {
             "frontend": frontend.process.pid,
             "worker": worker.process.pid,

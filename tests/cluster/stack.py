@@ -27,9 +27,9 @@ _QUICK = {
 }
 
 
-def eventually(condition: Callable[[], Any], what: str) -> Any:
+def eventually(condition: Callable[[], Any], what: str, patience_s: float = _PATIENCE_S) -> Any:
     """Return the first true value of `condition`."""
-    deadline_s = time.monotonic() + _PATIENCE_S
+    deadline_s = time.monotonic() + patience_s
     while not (value := condition()):
         assert time.monotonic() < deadline_s, f"never happened: {what}"
         time.sleep(0.02)
@@ -60,10 +60,12 @@ class Service:
         lines = [line for line in self.lines() if line.startswith("{") and line.endswith("}")]
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self, patience_s: float = _PATIENCE_S) -> dict[str, Any]:
         """Wait for its `ready` event and return it."""
         events = eventually(
-            lambda: self.events("ready") or self.process.poll() is not None, f"ready in {self._log.read_text()}"
+            lambda: self.events("ready") or self.process.poll() is not None,
+            f"ready in {self._log.read_text()}",
+            patience_s,
         )
         assert isinstance(events, list), f"it ended: {self._log.read_text()}"
         return dict(events[0])
