@@ -20,6 +20,7 @@ from mell_gpu_worker.transport.regions import HostRegion
 from mell_shared.process import loop_factory
 from tests.benchmarks.figures import memory_read_gb_per_s, print_table, size, spread, verdict
 from tests.benchmarks.raw_ucx import RawUcx
+from tests.benchmarks.transport_target import blocks
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]
 
@@ -101,7 +102,7 @@ class Source:
         took = []
         for number in range(rounds):
             first = number * len(sizes)
-            slots = [(first + slot, self._memory[:each]) for slot, each in enumerate(sizes)]
+            slots = [(first + slot, block) for slot, block in enumerate(blocks(self._memory, sizes))]
             begun_s = time.perf_counter()
             await outgoing.send(slots, LONG_S)
             took.append(time.perf_counter() - begun_s)
@@ -117,8 +118,8 @@ class Source:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for _ in range(rounds):
                 begun_s = time.perf_counter()
-                for each in sizes:
-                    await loop.sock_sendall(sock, self._memory[:each])
+                for block in blocks(self._memory, sizes):
+                    await loop.sock_sendall(sock, block)
                 await loop.sock_recv(sock, 1)
                 took.append(time.perf_counter() - begun_s)
         return took
@@ -130,7 +131,7 @@ class Source:
             raw.connect(port)
             for _ in range(rounds):
                 begun_s = time.perf_counter()
-                raw.send([self._memory[:each] for each in sizes])
+                raw.send(blocks(self._memory, sizes))
                 raw.receive([bytearray(1)])
                 took.append(time.perf_counter() - begun_s)
         return took
@@ -158,7 +159,7 @@ def test_bandwidth() -> None:
     async def main() -> dict[tuple[str, str], list[float]]:
         figures: dict[tuple[str, str], list[float]] = defaultdict(list)
         async with target() as there:
-            source = Source(there, filled(MIB))
+            source = Source(there, filled(max(TOTALS.values())))
             for _ in range(ROUNDS):
                 for label, total in TOTALS.items():
                     sizes = [BLOCK] * (total // BLOCK)
@@ -185,7 +186,7 @@ def test_latency() -> None:
     async def main() -> dict[tuple[str, int], list[float]]:
         figures: dict[tuple[str, int], list[float]] = defaultdict(list)
         async with target() as there:
-            source = Source(there, filled(MIB))
+            source = Source(there, filled(max(TOTALS.values())))
             for _ in range(ROUNDS):
                 for size_bytes in (256, 4096):
                     for kind in ("raw tcp", "tcp", "raw ucx", "ucx"):
@@ -234,7 +235,7 @@ def test_copies() -> None:
     async def main() -> list[list[str]]:
         rows = []
         async with target() as there:
-            source = Source(there, filled(MIB))
+            source = Source(there, filled(max(TOTALS.values())))
             for each in (BLOCK, 64 * 1024):
                 outgoing = await source.connect("tcp", [each] * 16, 1)
                 sent = await outgoing.send([(slot, memoryview(bytes(each))) for slot in range(16)], LONG_S)

@@ -4,6 +4,7 @@ Reads one JSON line per job, answers one line with its address, and receives unt
 """
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -23,10 +24,16 @@ def tell(answer: dict[str, Any]) -> None:
     os.write(1, json.dumps(answer).encode() + b"\n")
 
 
+def blocks(memory: memoryview, sizes: list[int]) -> list[memoryview]:
+    """Return memory cut into blocks of these sizes, one behind the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
 async def ours(transport: Transport, job: dict[str, Any], memory: memoryview) -> None:
     """Offer `rounds` times the same memory in blocks, and take the rounds."""
-    sizes = job["sizes"] * job["rounds"]
-    incoming = transport.offer(bytes.fromhex(job["secret"]), [memory[:size] for size in sizes], LONG_S)
+    buffers = blocks(memory, job["sizes"]) * job["rounds"]
+    incoming = transport.offer(bytes.fromhex(job["secret"]), buffers, LONG_S)
     tell({"address": transport.address, "size_bytes": incoming.size_bytes})
     try:
         while True:
@@ -58,7 +65,7 @@ def raw_ucx(job: dict[str, Any], memory: memoryview) -> None:
     with RawUcx() as raw:
         raw.listen(lambda port: tell({"port": port}))
         for _ in range(job["rounds"]):
-            raw.receive([memory[:size] for size in job["sizes"]])
+            raw.receive(blocks(memory, job["sizes"]))
             raw.send([memory[:1]])
 
 
