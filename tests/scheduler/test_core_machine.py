@@ -13,14 +13,18 @@ from mell_scheduler.core import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    MigrationSettled,
     PlaceRequested,
     Reply,
     SchedulerCore,
+    StartMigration,
     Tick,
 )
 from mell_scheduler.core.journal import event_line, header_line, replay
-from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.policy import POLICY_NAMES, PolicySettings, make_policy
 from mell_shared.messages.scheduler import (
+    MigrationCommitted,
+    MigrationFailed,
     Placed,
     PlaceRequest,
     SequenceFinished,
@@ -33,7 +37,8 @@ from tests.scheduler.script import SECOND, place_request, worker_report, worker_
 
 MODELS = ("m", "other")
 SEQUENCES = tuple(f"s{number}" for number in range(12))
-CORE = CoreSettings(queue_limit=4, overtake_window=3, growth_limit_tokens=64)
+MODES: tuple[tuple[str, ...], ...] = ((), ("kv",), ("tokens", "kv"))
+CORE = CoreSettings(queue_limit=4, overtake_window=3, growth_limit_tokens=64, migration_timeout_us=4 * SECOND)
 POLICY = PolicySettings(head_room=0.1)
 
 
@@ -43,6 +48,8 @@ class Running:
 
     generation: int
     tokens: int
+    waiting: bool = False
+    """Preempted: it holds no block."""
 
 
 @dataclass
@@ -60,11 +67,19 @@ class TrueWorker:
 
     def report(self) -> WorkerReport:
         """Its next report."""
-        rows = [(name, s.generation, s.tokens, self.blocks(s.tokens)) for name, s in self.sequences.items()]
+        here = self.sequences.items()
+        rows = [(name, s.generation, s.tokens, 0 if s.waiting else self.blocks(s.tokens)) for name, s in here]
         used = min(self.spec.kv_blocks, sum(row[3] for row in rows))
         self.number += 1
-        free = self.spec.kv_blocks - used
-        return worker_report(self.spec, self.number, *rows, used_blocks=used, free_blocks=free, draining=self.draining)
+        return worker_report(
+            self.spec,
+            self.number,
+            *rows,
+            used_blocks=used,
+            free_blocks=self.spec.kv_blocks - used,
+            draining=self.draining,
+            states=[int(s.waiting) for s in self.sequences.values()],
+        )
 
 
 @dataclass
@@ -95,7 +110,7 @@ class SchedulerLives(RuleBasedStateMachine):
         super().__init__()
         self.now_us = 0
         self.core = SchedulerCore(make_policy("best-fit", POLICY), CORE, 0)
-        self.lines = [header_line("best-fit", POLICY, CORE)]
+        self.lines: list[str] = []
         self.said: list[list[Command]] = []
         self.workers: dict[str, TrueWorker] = {}
         self.flight: list[Event] = []
@@ -107,23 +122,35 @@ class SchedulerLives(RuleBasedStateMachine):
         """Handles without a reply yet: when they came, and for what."""
         self.latest: dict[str, PlaceRequest] = {}
         self.handles = 0
+        self.orders: list[StartMigration] = []
+        """On their way to the sources, or there."""
+        self.moving: dict[str, tuple[StartMigration, int]] = {}
+        """What the scheduler takes for under way: sequence -> its order, and its blocks then."""
 
-    @initialize()
-    def lead(self) -> None:
-        """A leader begins."""
+    @initialize(policy=st.sampled_from(POLICY_NAMES))
+    def lead(self, policy: str) -> None:
+        """A leader begins, with any policy."""
+        self.core = SchedulerCore(make_policy(policy, POLICY), CORE, 0)
+        self.lines.append(header_line(policy, POLICY, CORE))
         self.send(LeadershipTaken(1))
 
     # --- the world
 
     @rule(
-        model=st.sampled_from(MODELS), blocks=st.integers(2, 24), most=st.integers(1, 4), size=st.sampled_from([8, 16])
+        model=st.sampled_from(MODELS),
+        blocks=st.integers(2, 24),
+        most=st.integers(1, 4),
+        size=st.sampled_from([8, 16]),
+        modes=st.sampled_from(MODES),
     )
-    def start_worker(self, model: str, blocks: int, most: int, size: int) -> None:
+    def start_worker(self, model: str, blocks: int, most: int, size: int, modes: tuple[str, ...]) -> None:
         """A worker starts and announces itself."""
         name = f"w{len(self.workers) + len(self.left)}"
         if len(self.workers) >= 4 or name in self.workers:
             return
-        spec = worker_spec(name, model=model, kv_blocks=blocks, max_sequences=most, block_tokens=size)
+        spec = worker_spec(
+            name, model=model, kv_blocks=blocks, max_sequences=most, block_tokens=size, migration_modes=modes
+        )
         self.workers[name] = TrueWorker(spec)
         self.flight += [WorkerJoined(spec=spec), self.workers[name].report()]
 
@@ -168,6 +195,59 @@ class SchedulerLives(RuleBasedStateMachine):
         target.sequences[name] = Running(moved.generation + 1, moved.tokens)
         if data.draw(st.booleans()):
             del source.sequences[name]
+
+    @precondition(lambda self: self.orders)
+    @rule(data=st.data(), again=st.booleans(), lingers=st.booleans())
+    def carry_out(self, data: st.DataObject, again: bool, lingers: bool) -> None:
+        """A source obeys an order, perhaps late, perhaps twice; its own copy may linger."""
+        command = data.draw(st.sampled_from(self.orders))
+        if not again:
+            self.orders.remove(command)
+        order = command.order
+        source, target = self.workers.get(command.source), self.workers.get(order.target)
+        moved = source.sequences.get(order.sequence) if source else None
+        if source is None or target is None or moved is None or moved.generation != order.generation:
+            return
+        target.sequences[order.sequence] = Running(moved.generation + 1, moved.tokens)
+        if not lingers:
+            del source.sequences[order.sequence]
+        self.flight.append(
+            MigrationCommitted(
+                worker=order.target,
+                source=command.source,
+                migration=order.migration,
+                sequence=order.sequence,
+                generation=moved.generation + 1,
+            )
+        )
+
+    @precondition(lambda self: self.orders)
+    @rule(
+        data=st.data(), told=st.booleans(), reason=st.sampled_from(["no_room", "unreachable", "from a later release"])
+    )
+    def refuse(self, data: st.DataObject, told: bool, reason: str) -> None:
+        """An order is refused, or fails on the way, or just gets lost."""
+        command = data.draw(st.sampled_from(self.orders))
+        self.orders.remove(command)
+        order = command.order
+        if told:
+            self.flight.append(
+                MigrationFailed(
+                    worker=command.source,
+                    migration=order.migration,
+                    sequence=order.sequence,
+                    generation=order.generation,
+                    reason=reason,
+                )
+            )
+
+    @precondition(lambda self: any(w.sequences for w in self.workers.values()))
+    @rule(data=st.data())
+    def preempt_or_resume(self, data: st.DataObject) -> None:
+        """A worker preempts a sequence, or takes it back."""
+        worker = data.draw(st.sampled_from([w for w in self.workers.values() if w.sequences]))
+        sequence = data.draw(st.sampled_from(list(worker.sequences.values())))
+        sequence.waiting = not sequence.waiting
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), goodbye=st.booleans())
@@ -278,8 +358,13 @@ class SchedulerLives(RuleBasedStateMachine):
         commands = self.core.handle(event, self.now_us)
         self.said.append(commands)
         for command in commands:
-            if isinstance(command, Reply):
-                self.check_reply(command)
+            match command:
+                case Reply():
+                    self.check_reply(command)
+                case StartMigration():
+                    self.check_move(command)
+                case MigrationSettled():
+                    self.settle(command)
         self.core.check()
 
     def observe(self, event: Event) -> None:
@@ -329,6 +414,46 @@ class SchedulerLives(RuleBasedStateMachine):
         for name in [n for n, promise in self.promises.items() if promise.worker == worker]:
             del self.promises[name]
 
+    def check_move(self, command: StartMigration) -> None:
+        """A move is of a sequence that its source reported, between two that can, into memory that is free."""
+        order = command.order
+        source, target = self.heard[command.source], self.heard[order.target]
+        assert order.mode in source.spec.migration_modes
+        assert order.mode in target.spec.migration_modes
+        assert source.spec.model == target.spec.model
+        assert self.now_us >= 2 * CORE.report_interval_us, "a new leader moves nothing yet"
+        assert source.report is not None
+        assert target.report is not None
+        assert not target.report.draining
+        assert order.sequence not in self.moving, "moved twice at once"
+        row = source.report.sequences.index(order.sequence)
+        assert source.report.generations[row] == order.generation
+        blocks = source.report.blocks[row]
+        assert blocks <= self.free(order.target, order.sequence), "moved into memory that is not free"
+        self.moving[order.sequence] = command, blocks
+        self.orders.append(command)
+
+    def settle(self, settled: MigrationSettled) -> None:
+        """One end is free: the source if the sequence has moved, else the target."""
+        command, blocks = self.moving.pop(settled.sequence)
+        assert command.order.migration == settled.migration
+        record = self.core.ledger.sequences.get(settled.sequence)
+        if settled.outcome != "committed" or record is None or record.pending_until_us is None:
+            return
+        source = self.heard[settled.source]
+        if source.report and settled.sequence in source.report.sequences:
+            source.ended[settled.sequence] = blocks
+        deadline_us = self.now_us + CORE.submit_timeout_us
+        self.promises[settled.sequence] = Promise(settled.target, record.generation, blocks, deadline_us)
+
+    def free(self, worker: str, sequence: str) -> int:
+        """Blocks that reports, promises and moves leave, one sequence not counted."""
+        heard = self.heard[worker]
+        assert heard.report is not None
+        promised = [p.blocks for n, p in self.promises.items() if p.worker == worker and n != sequence]
+        coming = [b for n, (c, b) in self.moving.items() if c.order.target == worker and n != sequence]
+        return heard.report.free_blocks + sum(heard.ended.values()) - sum(promised) - sum(coming)
+
     def check_reply(self, command: Reply) -> None:
         """Each handle is answered once; a place is given only where there is room."""
         assert command.handle in self.asked, "answered twice, or never asked"
@@ -353,8 +478,9 @@ class SchedulerLives(RuleBasedStateMachine):
         assert self.now_us - heard.heard_us <= 3 * CORE.report_interval_us, "a silent worker"
         assert not report.draining
         blocks = -(-request.prompt_tokens // heard.spec.block_tokens)
+        assert 1 not in report.states, "placed where a preempted sequence waits"
         promised = [p for n, p in self.promises.items() if p.worker == worker and n != request.sequence]
-        free = report.free_blocks + sum(heard.ended.values()) - sum(p.blocks for p in promised)
+        free = self.free(worker, request.sequence)
         assert blocks <= free, f"{blocks} blocks placed on {worker}, which has {free}"
         held = len(listed) - len(heard.ended) + len(promised)
         assert held < heard.spec.max_sequences, "placed over the sequence limit"
