@@ -12,7 +12,7 @@ from mell_scheduler.sim.driver import PolicyDriver
 from mell_scheduler.sim.memory import MemoryRun, MemorySettings
 from mell_scheduler.sim.requests import US_PER_S, Request, Workload
 from mell_scheduler.sim.series import percentile
-from tests.benchmarks.figures import print_table
+from tests.benchmarks.figures import print_table, size
 
 CAPACITY = 10_000
 PER_GPU = 100
@@ -54,8 +54,8 @@ def arrivals_and_departures(policy: Policy, times: int) -> tuple[list[float], li
     random = Random(2)
     sizes = [random.randint(20, 150) for _ in range(times)]
     arrivals, departures = [], []
-    for at, size in enumerate(sizes):
-        item = Item(f"new{at}", size)
+    for at, blocks in enumerate(sizes):
+        item = Item(f"new{at}", blocks)
         arrivals += timed(lambda _, new=item: policy.allocate(new), 1)  # type: ignore[misc]
         if at >= 50:
             departures += timed(lambda _, old=f"new{at - 50}": policy.depart(old), 1)  # type: ignore[misc]
@@ -142,9 +142,12 @@ def busy(gpus: int, seconds: int) -> Workload:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["repack", "mell"])
 def test_a_busy_second(name: str) -> None:
-    """A full cluster in steady state: what all decisions of one second take, by size."""
+    """A full cluster in steady state: what all decisions of one second take, by size.
+
+    BENCH_GPUS: the largest; 1,000 take minutes to fill.
+    """
     rows = []
-    for gpus in (10, 100, 1_000):
+    for gpus in (10, size("GPUS", 100)):
         watch = Stopwatch(make_policy(name, PolicySettings(hold_both_ends=False)))
         run = MemoryRun(busy(gpus, 100), MemorySettings(CAPACITY, 1.0), watch, perf_counter_ns)
         for now_s in run.run(100):
