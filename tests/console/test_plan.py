@@ -75,6 +75,8 @@ def test_the_fake_engine_takes_no_gpu() -> None:
         (Wish(("a", "b"), 2, "torch", served_names=("x",)), "one for each"),
         (Wish(("a", "a"), 2, "torch"), "named twice"),
         (Wish(("a", "b"), 2, "torch", served_names=("x", "x")), "named twice"),
+        (Wish(("fake",), 2, "torch"), "--engine fake"),
+        (Wish(("a",), 2, "fake"), "no model 'a'"),
         (Wish(("a",), 2, "torch", devices="7"), "usable here: 0, 1"),
         (Wish(("a",), 2, "torch", devices="first"), "--devices cpu"),
         (Wish(("a",), 2, "torch", devices=","), "--devices cpu"),

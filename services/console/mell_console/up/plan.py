@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mell_console.up.machine import Gpu, Machine
+from mell_shared.models import FAKE_MODEL
 
 CPU_MEMORY_SHARE = 0.5
 """Of the free memory, for KV: weights, activations and everybody else need the rest."""
@@ -48,6 +49,7 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
 
     Raises `PlanError`.
     """
+    _check_engine(wish)
     _check_names(wish)
     gpus = _choose_gpus(machine, wish)
     on_same = Counter(gpus[worker % len(gpus)].index if gpus else -1 for worker in range(wish.workers))
@@ -67,6 +69,17 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
             )
         )
     return tuple(parts)
+
+
+def _check_engine(wish: Wish) -> None:
+    """Raise `PlanError` if the engine does not run a model: it has not been started yet, so nothing is lost."""
+    if wish.engine == "torch" and FAKE_MODEL in wish.models:
+        raise PlanError(f"the model {FAKE_MODEL!r} has no weights: use --engine fake")
+    others = [model for model in wish.models if model != FAKE_MODEL]
+    if wish.engine == "fake" and others:
+        raise PlanError(
+            f"--engine fake has no model {others[0]!r}: leave --model out (--served-model-name gives it a name)"
+        )
 
 
 def _check_names(wish: Wish) -> None:
