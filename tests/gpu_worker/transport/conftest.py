@@ -8,11 +8,6 @@ import pytest_asyncio
 from tests.gpu_worker.transport.stage import Stage
 
 
-@pytest.fixture(scope="session")
-def _loaded() -> None:
-    """Load what stays loaded, so that it is not taken for a leak."""
-
-
 @pytest_asyncio.fixture(params=["memory", "tcp", "ucx"])
 async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
     """A stage of each kind; leaving it checks for leaks."""

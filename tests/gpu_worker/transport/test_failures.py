@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from mell_gpu_worker.transport.base import DeadlineError, LinkLostError, TransportError
+from mell_gpu_worker.transport.base import DeadlineError, LinkLostError, RefusedError, TransportError
 from tests.gpu_worker.transport.peer import LONG_S, pattern
 from tests.gpu_worker.transport.stage import OtherWorker, Stage, descriptors, eventually
 
@@ -28,16 +28,17 @@ async def moves(stage: Stage) -> None:
 class Arriving:
     """A large transfer from another worker to us, of which some slots have arrived and others cannot have."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, lifetime_s: float = LONG_S) -> None:
         self.stage = stage
+        self.lifetime_s = lifetime_s
         self.buffers = [bytearray(size) for size in SIZES]
         self.secret = secrets.token_bytes(32)
 
     async def begin(self) -> OtherWorker:
         """Return the source, in mid-transfer."""
         self.target = await self.stage.transport()
-        self.incoming = self.target.offer(self.secret, self.buffers, LONG_S)
         other = await self.stage.other()
+        self.incoming = self.target.offer(self.secret, self.buffers, self.lifetime_s)
         assert "connected" in await other.ask(connect=self.target.address, secret=self.secret.hex(), sizes=SIZES)
         self.sending = asyncio.create_task(other.ask(send=list(range(SLOTS))))
         await eventually(lambda: any(self.buffers[1]))
@@ -89,17 +90,28 @@ async def test_the_target_closes_in_mid_transfer(stage: Stage) -> None:
     await moves(stage)
 
 
-async def test_an_offer_ends_with_its_lifetime_in_mid_transfer(stage: Stage) -> None:
-    """Past its lifetime an offer is over, whether or not somebody waits for a round."""
-    target = await stage.transport()
-    buffers, secret = [bytearray(size) for size in SIZES], secrets.token_bytes(32)
-    incoming = target.offer(secret, buffers, 0.5)
-    other = await stage.other()
+async def test_an_offer_nobody_takes_ends_with_its_lifetime(stage: Stage) -> None:
+    """Past its lifetime an offer is over, whether or not somebody waits for a round; who comes late is refused."""
+    source, target = await stage.transport(), await stage.transport()
+    secret = secrets.token_bytes(32)
+    incoming = target.offer(secret, [bytearray(5)], 0.1)
     with pytest.raises(DeadlineError, match="lifetime"):
         await incoming.receive(LONG_S)
-    answer = await other.ask(connect=target.address, secret=secret.hex(), sizes=SIZES)
-    assert answer["error"] == "RefusedError"
-    await incoming.close()
+    with pytest.raises(RefusedError, match="no offer"):
+        await source.connect(target.address, secret, 5, LONG_S)
+
+
+async def test_an_offer_s_lifetime_ends_a_transfer_under_way(stage: Stage) -> None:
+    """A source that stands still past the offer's lifetime loses it, though nobody waits for a round."""
+    arriving = Arriving(stage, lifetime_s=5.0)
+    other = await arriving.begin()
+    await other.stop()
+    async with asyncio.timeout(LONG_S):
+        while arriving.target.tasks:  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.02)
+    with pytest.raises(DeadlineError, match="lifetime"):
+        await arriving.incoming.receive(LONG_S)
+    await arriving.given_back(other)
 
 
 class Leaving:
