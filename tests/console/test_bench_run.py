@@ -123,11 +123,13 @@ def test_an_empty_trace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 async def test_the_command_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--json FILE` writes the report there besides the table; `-` prints nothing else on standard output."""
+    """`--json FILE` writes the report there besides the table; `-`, or nothing, only prints it."""
     async with serving() as server:
         flags = [server.url, "--requests", "2", "--output-tokens", "1"]
         assert await asyncio.to_thread(main, [*flags, "--json", str(tmp_path / "report.json")]) == 0
         assert "output tokens/s" in capsys.readouterr().out
         assert await asyncio.to_thread(main, [*flags, "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)["whole"] == 2
+        assert await asyncio.to_thread(main, [*flags, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["whole"] == 2
     assert json.loads((tmp_path / "report.json").read_text())["whole"] == 2
-    assert json.loads(capsys.readouterr().out)["whole"] == 2

@@ -165,3 +165,10 @@ def test_progress_and_failure_of_a_pull_are_shown(log_format: str, monkeypatch: 
         assert json.loads(text.splitlines()[1])["fraction"] == 0.5
     if log_format == "auto":
         assert text.count("downloading it") == 1
+
+
+@pytest.mark.parametrize("service", ["frontend", "scheduler", "gpu-worker"])
+def test_a_service_s_manual_says_how_it_is_called(service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line of `mell serve x --help` is a command that can be typed."""
+    result = CliRunner().invoke(app, ["serve", service, "--help"])
+    assert (result.stdout or capsys.readouterr().out).startswith(f"usage: mell serve {service} [--flag value]...")

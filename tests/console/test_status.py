@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from mell_console.cli import app
 from mell_console.get import GetError, get_json
 
-STATUS = {
+STATUS: dict[str, Any] = {
     "kind": "status_reply",
     "scheduler": "scheduler-1",
     "policy": "best-fit",
@@ -82,6 +83,13 @@ def test_workers_are_shown_by_name_with_what_they_hold() -> None:
     assert headline == "scheduler-1 (best-fit) up 12 s: 7 placed, 1 queued, 2 rejected"
     assert " ".join(first.split()) == "worker-1-x m here cpu active 50/200 25% 3 1 12.3 ms 0.2 s"
     assert " ".join(second.split()) == "worker-2-x m here cpu silent 50/200 25% 3 1 0.2 s"
+
+
+def test_nothing_is_cut_off_where_nobody_looks() -> None:
+    """In a pipe, a worker's long id is whole, so that it can be used in the next command."""
+    worker = STATUS["workers"][0] | {"worker": "worker-1-" + "f" * 60, "state": "active"}
+    with answering(200, json.dumps(STATUS | {"workers": [worker]}).encode()) as (url, _):
+        assert worker["worker"] in status("--url", url)[1]
 
 
 def test_json_is_the_scheduler_s_own_answer() -> None:

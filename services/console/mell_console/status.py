@@ -29,10 +29,9 @@ def run(url: str, api_key: str, *, as_json: bool) -> int:
         sys.stdout.write(json.dumps(answer, indent=1) + "\n")
     else:
         # Where nobody looks at a screen's edge, nothing is cut off.
-        console = Console(highlight=False)
-        width = console.width if console.is_terminal else _WIDE
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
         console.print(headline(status), soft_wrap=True)
-        console.print(workers_table(status), width=width)
+        console.print(workers_table(status))
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
-from pydantic_settings import NoDecode
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from mell_shared.models import DEFAULT_MODEL, default_model_dir
 from mell_shared.settings import ServiceSettings
@@ -16,6 +16,8 @@ StringList = Annotated[list[str], NoDecode]
 
 class FrontendSettings(ServiceSettings):
     """What a frontend needs to know."""
+
+    model_config = SettingsConfigDict(cli_prog_name="mell serve frontend")
 
     host: str = Field("127.0.0.1", description="Interface to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")

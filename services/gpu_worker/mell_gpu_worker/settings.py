@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_shared.models import DEFAULT_MODEL, FAKE_MODEL, default_model_dir
@@ -13,6 +14,8 @@ from mell_shared.settings import ServiceSettings
 
 class WorkerSettings(ServiceSettings):
     """What one GPU worker runs, on what, and how it behaves towards the cluster."""
+
+    model_config = SettingsConfigDict(cli_prog_name="mell serve gpu-worker")
 
     worker_name: str = Field("worker", min_length=1, description="Name in status and logs; its id adds a fresh suffix.")
     worker_host: str = Field(default_factory=socket.gethostname, description="Machine that the worker says it is on.")

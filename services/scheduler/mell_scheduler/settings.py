@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from mell_scheduler.core import CoreSettings
 from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings
@@ -12,6 +13,8 @@ from mell_shared.settings import ServiceSettings
 
 class SchedulerSettings(ServiceSettings):
     """How one scheduler places, judges workers, and stands for leader."""
+
+    model_config = SettingsConfigDict(cli_prog_name="mell serve scheduler")
 
     scheduler_name: str = Field(
         "scheduler", min_length=1, description="Name in status and logs; its id adds a fresh suffix."

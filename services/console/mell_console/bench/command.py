@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> int:
     """Measure the server that `arguments` name (a URL first, or `--url`); return the exit code."""
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--url", *arguments]
+    if arguments and arguments[-1] == "--json":
+        arguments = [*arguments, "-"]
     settings = BenchSettings.from_command_line(arguments)
     console = Console(stderr=True)
     try:

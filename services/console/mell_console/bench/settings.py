@@ -37,7 +37,9 @@ class BenchSettings(CommandLineSettings):
     timeout_s: float = Field(600.0, gt=0, description="Longest time for one request.")
     seed: int = Field(0, ge=0, description="Of lengths, arrivals and prompts.")
     json_to: str = Field(
-        "", alias="json", description="Write the report as JSON to this file, or - for standard output."
+        "",
+        alias="json",
+        description="Write the report as JSON to this file; `-`, or no value at the end: print that instead.",
     )
 
     @model_validator(mode="after")

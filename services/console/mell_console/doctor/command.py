@@ -21,8 +21,8 @@ def run(port: int, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([asdict(check) for check in checks], indent=1) + "\n")
     else:
-        console = Console(highlight=False)
-        console.print(as_table(checks), width=console.width if console.is_terminal else _WIDE)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+        console.print(as_table(checks))
     return int(any(check.verdict == "missing" for check in checks))
 
 
