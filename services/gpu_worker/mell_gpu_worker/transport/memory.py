@@ -106,6 +106,7 @@ class MemoryLink:
             raise LinkLostError(f"{len(payload)} bytes came where {view.nbytes} were announced")
         view[:] = payload
         landed()
+        await asyncio.sleep(0)
 
     async def filled(self) -> None:
         """Nothing to wait for: `fill` returns when the payload is there."""

@@ -76,6 +76,8 @@ class TcpLink:
         """Receive the payload into place."""
         await self._fill(_host(target))
         landed()
+        # Bytes that are there are received without a turn of the loop; between chunks others get one.
+        await asyncio.sleep(0)
 
     async def filled(self) -> None:
         """Nothing to wait for: `fill` returns when the payload is there."""
