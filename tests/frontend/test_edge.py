@@ -65,6 +65,10 @@ async def test_probes(client: httpx.AsyncClient, gateway: ScriptedGateway) -> No
     """`/health` lives, `/ready` follows the gateway, `/version` names the release."""
     assert (await client.get("/health")).json() == {"status": "ok"}
     assert (await client.get("/ready")).status_code == 200
+    for path in ("/health", "/ready"):
+        head = await client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+    assert (await client.get("/nowhere")).json()["error"]["message"].count("/ready") == 1
     gateway.ready = False
     assert (await client.get("/ready")).status_code == 503
     assert (await client.get("/health")).status_code == 200

@@ -221,11 +221,14 @@ def _record(request: Request) -> RequestRecord:
 
 
 def _add_probes(site: FastAPI, gateway: Gateway, registry: CollectorRegistry) -> None:
+    # Load balancers like to ask without wanting a body.
+    @site.head("/health", include_in_schema=False)
     @site.get("/health", summary="Whether this process lives")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @site.get("/ready", summary="Whether requests can be served now")
+    @site.head("/ready", include_in_schema=False)
+    @site.get("/ready", summary="Whether requests are taken: a scheduler answers, no stop is under way")
     async def ready() -> Response:
         if gateway.ready:
             return JSONResponse({"status": "ready"})
