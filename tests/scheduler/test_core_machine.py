@@ -127,14 +127,30 @@ class SchedulerLives(RuleBasedStateMachine):
         self.moving: dict[str, tuple[StartMigration, int]] = {}
         """What the scheduler takes for under way: sequence -> its order, and its blocks then."""
 
-    @initialize(policy=st.sampled_from(POLICY_NAMES))
-    def lead(self, policy: str) -> None:
-        """A leader begins, with any policy."""
+    @initialize(policy=st.sampled_from(POLICY_NAMES), lengths=st.lists(st.integers(1, 200), max_size=6))
+    def lead(self, policy: str, lengths: list[int]) -> None:
+        """A leader begins, with any policy, over workers that hold something already."""
         self.core = SchedulerCore(make_policy(policy, POLICY), CORE, 0)
         self.lines.append(header_line(policy, POLICY, CORE))
         self.send(LeadershipTaken(1))
+        for number, length in enumerate(lengths):
+            if number % 2 == 0:
+                self.start_worker(MODELS[0], 24, 4, 16, ("kv",))
+            name = f"s{number}"
+            self.latest[name] = place_request(name, length, 100)
+            self.workers[f"w{number // 2}"].sequences[name] = Running(1, length)
+        for _ in range(3 if lengths else 0):
+            self.quiet_second()
 
     # --- the world
+
+    @precondition(lambda self: self.workers)
+    @rule()
+    def quiet_second(self) -> None:
+        """All that is under way arrives, everybody reports, and an epoch passes."""
+        self.flight += [worker.report() for worker in self.workers.values()]
+        self.deliver_all()
+        self.pass_time(SECOND)
 
     @rule(
         model=st.sampled_from(MODELS),

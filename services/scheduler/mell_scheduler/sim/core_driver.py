@@ -162,6 +162,10 @@ class CoreDriver:
         )
         self._tell(event, now_us)
 
+    def deferred(self, move: Move, now_us: int) -> None:
+        """See `driver.Driver`. The core defers by its own boundaries; one that it ordered can only fail."""
+        self.failed(move, now_us)
+
     # --- the core
 
     def _lead(self, spec: GpuSpec, now_us: int) -> None:

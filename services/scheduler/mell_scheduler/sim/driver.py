@@ -39,6 +39,9 @@ class Driver(Protocol):
     def failed(self, move: Move, now_us: int) -> None:
         """A move was not carried out."""
 
+    def deferred(self, move: Move, now_us: int) -> None:
+        """A move does not begin in this epoch, for want of bandwidth: the next one may plan it again."""
+
 
 class PolicyDriver:
     """Drives a bare policy: reports are exact and arrive at once."""
@@ -90,3 +93,8 @@ class PolicyDriver:
         """See `Driver`."""
         del now_us
         self.policy.failed(move.item_id)
+
+    def deferred(self, move: Move, now_us: int) -> None:
+        """See `Driver`."""
+        del now_us
+        self.policy.deferred(move.item_id)

@@ -6,17 +6,23 @@ report age (sizes as of the last epoch), migrations that occupy links and prefil
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
 
 from mell_scheduler.policy.base import GpuSpec, Item, ItemId, Move
 from mell_scheduler.policy.transfer import Budgets, Candidate, Transfer, divide
 from mell_scheduler.sim.driver import Driver
 from mell_scheduler.sim.engine import Engine, Sequence
+from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
 from mell_scheduler.sim.requests import US_PER_S, Workload
 from mell_scheduler.sim.roofline import BLOCK_TOKENS, CHUNK_TOKENS, Roofline, blocks
 from mell_scheduler.sim.series import Series, Tally
 
+_Decision = TypeVar("_Decision")
+_OVERTAKE = 64
+"""So many waiting requests, the first in order, are tried when there may be room: as in the scheduler's core."""
 _BACKLOG_S = 5.0
 """A move is begun only if links and target are through with it, and all before it, in this time."""
 
@@ -53,18 +59,23 @@ class TimedSettings:
     """Of a target's time that moves may prefill in."""
     prefix_cache: bool = True
     max_gpus: int | None = None
+    max_growth_tokens: int | None = None
+    """Most that a request is predicted to grow while a move is planned and made; None: what the roofline allows."""
 
 
 class TimedRun:
-    """One run of one workload under one driver."""
+    """One run of one workload under one driver. `clock` times decisions; it never steers the run."""
 
-    def __init__(self, workload: Workload, settings: TimedSettings, driver: Driver) -> None:
+    def __init__(
+        self, workload: Workload, settings: TimedSettings, driver: Driver, clock: NanosecondClock | None = None
+    ) -> None:
         self._requests = workload.requests
         self.settings = settings
         self.driver = driver
         self._roofline = settings.roofline
         self._slow_s = settings.slo.gap * self._roofline.unloaded_tpot_s(1)
-        self._growth = self._roofline.growth_blocks(settings.epoch_s + self._typical_move_s()) + 1
+        self._clock = clock
+        self._growth = self._predicted_growth()
         self._engines: dict[str, Engine] = {}
         self._starting: deque[Engine] = deque()
         self._started = 0
@@ -74,7 +85,15 @@ class TimedRun:
         self._tally = Tally()
         self.series = Series()
         self.sequences: list[Sequence] = []
+        self.decision_ns: list[int] = []
+        self.log: DecisionLog | None = None
         self.now_s = 0.0
+
+    def _predicted_growth(self) -> int:
+        """Blocks that a request may grow until a move planned now is made."""
+        most = self._roofline.growth_blocks(self.settings.epoch_s + self._typical_move_s())
+        limit = self.settings.max_growth_tokens
+        return (most if limit is None else min(most, blocks(limit))) + 1
 
     def _typical_move_s(self) -> float:
         """Of a quarter of an instance's memory: a move must be planned that long before the overflow."""
@@ -118,18 +137,37 @@ class TimedRun:
         self._waiting.append(sequence)
 
     def _admit(self) -> None:
-        """Place what waits, in order, as long as there is room."""
-        while self._waiting:
-            sequence = self._waiting[0]
-            gpu_id = self.driver.arrived(self._item(sequence), self._now_us)
-            if gpu_id is None:
-                return
-            engine = self._engines[gpu_id]
-            if engine.used_blocks + blocks(sequence.context + 1) > self._roofline.capacity_blocks:
-                self.driver.finished(sequence.item_id, self._now_us)
-                return
-            self._waiting.popleft()
-            engine.admit(sequence, max(sequence.arrival_s, self.now_s), self.settings.prefix_cache)
+        """Place what waits, in order; a small request may overtake a large one that finds no room."""
+        for sequence in list(islice(self._waiting, _OVERTAKE)):
+            engine = self._placed(sequence)
+            if engine is not None:
+                self._waiting.remove(sequence)
+                engine.admit(sequence, max(sequence.arrival_s, self.now_s), self.settings.prefix_cache)
+                self._record("place", item=sequence.item_id, target=engine.gpu_id, size=sequence.context)
+
+    def _placed(self, sequence: Sequence) -> Engine | None:
+        """The engine that takes it: the scheduler's choice, if there is room in fact."""
+        item = self._item(sequence)
+        gpu_id = self._decide(lambda: self.driver.arrived(item, self._now_us))
+        if gpu_id is None:
+            return None
+        engine = self._engines[gpu_id]
+        if engine.used_blocks + blocks(sequence.context + 1) > self._roofline.capacity_blocks:
+            self.driver.finished(sequence.item_id, self._now_us)
+            return None
+        return engine
+
+    def _decide(self, decide: Callable[[], _Decision]) -> _Decision:
+        if self._clock is None:
+            return decide()
+        start_ns = self._clock()
+        decision = decide()
+        self.decision_ns.append(self._clock() - start_ns)
+        return decision
+
+    def _record(self, kind: str, **fields: object) -> None:
+        if self.log is not None:
+            self.log({"time_s": self.now_s, "kind": kind, **fields})
 
     def _item(self, sequence: Sequence) -> Item:
         size = blocks(sequence.context + 1)
@@ -161,6 +199,7 @@ class TimedRun:
         sequence = engine.sequences[-1]
         self._tally.preemptions += 1
         sequence.slow_tokens += 1.0
+        self._record("preempt", item=sequence.item_id, source=engine.gpu_id)
         self._leave(sequence)
         self._waiting.appendleft(sequence)
 
@@ -174,10 +213,10 @@ class TimedRun:
             if here:
                 sizes = [blocks(s.context + 1) for s in here]
                 self.driver.reported(engine.gpu_id, [s.item_id for s in here], sizes, self._now_us)
-        moves = self.driver.epoch(self._now_us)
+        moves = self._decide(lambda: self.driver.epoch(self._now_us))
         division = divide([self._candidate(m, by_id[m.item_id]) for m in moves], self._budgets(moves))
         for move in division.deferred:
-            self.driver.failed(move, self._now_us)
+            self.driver.deferred(move, self._now_us)
         for transfer in division.transfers:
             self._start_move(by_id[transfer.move.item_id], transfer)
 
@@ -212,6 +251,15 @@ class TimedRun:
         self._flights[sequence.item_id] = (max(end_s, self.now_s + self.settings.tick_s), sequence)
         self._tally.moves += 1
         self._tally.moved_tokens += sequence.context
+        self._record(
+            "move",
+            item=move.item_id,
+            source=move.source,
+            target=move.target,
+            size=sequence.context,
+            reason=move.reason.name.lower(),
+            mode=transfer.mode.value,
+        )
 
     def _land(self) -> None:
         for item_id, (end_s, sequence) in list(self._flights.items()):

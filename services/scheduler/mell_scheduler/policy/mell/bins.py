@@ -33,13 +33,15 @@ class Unit:
 class Bin:
     """A GPU and its units. `kind` is its class when it was last in order: the class of its largest unit."""
 
-    __slots__ = ("activated", "capacity", "count", "gpu", "keys", "kind", "sm_keys", "units", "used")
+    __slots__ = ("activated", "capacity", "count", "gpu", "keys", "kind", "other", "sm_keys", "units", "used")
 
     def __init__(self, gpu: GpuRecord) -> None:
         self.gpu = gpu
         self.capacity = gpu.capacity
         self.units: dict[int, Unit] = {}
         self.used = 0
+        self.other = gpu.other
+        """Blocks of no known item, as of the last epoch: like sizes they are read by `measure` only."""
         self.count = 0
         self.activated = 0
         self.kind: SizeClass | None = None
@@ -56,12 +58,12 @@ class Bin:
     @property
     def free(self) -> int:
         """The largest unit that can be added, by both capacities, once the plan is carried out."""
-        return room(self.gpu.spec, self.used + self.gpu.other, self.count)
+        return room(self.gpu.spec, self.used + self.other, self.count)
 
     @property
     def over(self) -> bool:
         """Above a capacity, once the plan is carried out."""
-        return is_over(self.gpu.spec, self.used + self.gpu.other, self.count)
+        return is_over(self.gpu.spec, self.used + self.other, self.count)
 
     @property
     def cls(self) -> SizeClass | None:
@@ -92,6 +94,7 @@ class Bin:
 
     def measure(self) -> None:
         """Take all sizes from the items' present ones."""
+        self.other = self.gpu.other
         for unit in self.units.values():
             unit.measure()
         self.used = sum(unit.size for unit in self.units.values())

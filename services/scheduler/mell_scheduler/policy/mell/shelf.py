@@ -108,7 +108,7 @@ def _keys(bin_: Bin) -> dict[str, int]:
         others = bin_.of_class(SizeClass.S, SizeClass.M)
         larges = bin_.of_class(SizeClass.L)
         if not others and len(larges) == 1:
-            keys[_LONELY] = bin_.capacity - bin_.gpu.other - larges[0].size
+            keys[_LONELY] = bin_.capacity - bin_.other - larges[0].size
     return keys
 
 
