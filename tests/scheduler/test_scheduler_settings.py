@@ -28,9 +28,11 @@ def test_flags_reach_the_core() -> None:
 def test_moves_have_their_settings() -> None:
     """Megabytes become bytes, and no limit on bytes is more than any epoch needs."""
     flags = "--epoch-s 2 --link-mb-per-s 1250 --moving-head-room 0.05 --max-move-mb-per-epoch 2.5 --step-base-us 9"
+    flags += " --max-growth-tokens 40"
     settings = SchedulerSettings.from_command_line(flags.split())
     core = settings.core_settings()
     assert (core.epoch_us, core.link_bytes_per_s, core.step_base_ns) == (2_000_000, 1_250_000_000, 9_000)
+    assert core.growth_limit_tokens == 40
     assert (core.max_move_bytes_per_epoch, settings.policy_settings().head_room) == (2_500_000, 0.05)
     assert SchedulerSettings().core_settings().max_move_bytes_per_epoch > 10**15
 

@@ -26,6 +26,9 @@ class SchedulerSettings(ServiceSettings):
     moving_head_room: float = Field(
         0.0, ge=0, lt=1, description="The same where sequences can be moved; 0: what the policy thinks best."
     )
+    max_growth_tokens: int = Field(
+        512, ge=0, description="Most tokens that a sequence is predicted to grow by in one epoch."
+    )
     report_interval_s: float = Field(1.0, gt=0, le=60, description="Time between workers' reports; as set for them.")
     submit_timeout_s: float = Field(5.0, gt=0, description="A placement that no report confirms counts this long.")
     worker_lost_s: float = Field(10.0, gt=0, description="A worker silent this long is forgotten.")
@@ -88,6 +91,7 @@ class SchedulerSettings(ServiceSettings):
             step_base_ns=1_000 * self.step_base_us,
             step_per_sequence_ns=1_000 * self.step_sequence_us,
             step_per_block_ns=self.step_block_ns,
+            growth_limit_tokens=self.max_growth_tokens,
             epoch_us=_us(self.epoch_s),
             migration_timeout_us=_us(self.migration_timeout_s),
             transfer_limit_us=_us(self.transfer_limit_s),

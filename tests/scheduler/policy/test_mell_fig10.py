@@ -3,7 +3,7 @@
 import pytest
 
 from mell_scheduler.policy import Policy, PolicySettings, make_policy
-from mell_scheduler.policy.base import GpuSpec, GpuState, Item
+from mell_scheduler.policy.base import GpuSpec, GpuState, Item, PriorityWeights
 
 Steps = list[tuple[str, str, str]]
 """(item, source, target), sorted."""
@@ -93,6 +93,28 @@ class TestAllocate:
         assert policy.allocate(Item("l", 70)) == "g2"
         assert epoch(policy) == [("t5", "g1", "g2")]
         assert policy.state("g1") is GpuState.STANDBY
+
+
+class TestPriority:
+    """Among GPUs that would do: fewer requests, more free memory, nearer (§VI-C)."""
+
+    @pytest.mark.parametrize(("distance", "target"), [(0.1, "near"), (0.0, "far")])
+    def test_a_move_stays_near(self, distance: float, target: str) -> None:
+        """When an L departs, what was beside it goes to the L-GPU of its own machine, unless distance weighs nothing.
+
+        The far one has 2 blocks of 120 more free memory: less than the weight of distance.
+        """
+        weights = PriorityWeights(distance=distance)
+        policy = make_policy("mell", PolicySettings(hold_both_ends=False, priority=weights))
+        for gpu_id, host in (("source", "h1"), ("near", "h1"), ("far", "h2")):
+            policy.add_gpu(GpuSpec(gpu_id, 120, host=host))
+        for item, gpu_id in ((Item("l", 70), "source"), (Item("t", 20), "source")):
+            policy.place(item, gpu_id)
+        policy.place(Item("l1", 82), "near")
+        policy.place(Item("l2", 80), "far")
+        assert epoch(policy) == []
+        policy.depart("l")
+        assert epoch(policy) == [("t", "source", target)]
 
 
 class TestDepart:

@@ -136,6 +136,32 @@ def test_timed_mode_shows_latency(app: typer.Typer, tmp_path: Path) -> None:
     assert set(json.loads(file.read_text())["timed"]["repack"]) >= {"attainment", "ttft_p99_s", "gpu_hours"}
 
 
+def test_timed_mode_tells_its_decisions(app: typer.Typer, tmp_path: Path) -> None:
+    """Times taken to decide are in the JSON, each decision in the file, and latency on the page."""
+    report, log, page = tmp_path / "t.json", tmp_path / "t.jsonl", tmp_path / "t.html"
+    files = ["--json", str(report), "--save-decisions", str(log), "--html", str(page)]
+    flags = ["paper:0.5", "--mode", "timed", "--until-s", "30", "--policy", "repack,best-fit", *files]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.output
+    assert json.loads(report.read_text())["policies"]["repack"]["decision_p99_us"] > 0
+    first = json.loads(log.read_text().splitlines()[0])
+    assert (first["policy"], first["kind"], first["item"]) == ("repack", "place", "r0")
+    assert page.read_text().count("Time to first token") == 2 * 2
+
+
+def test_the_highest_rate_on_a_number_of_gpus(app: typer.Typer, tmp_path: Path) -> None:
+    """With GPUs that are one's own the question is the rate; without objectives to hold there is none."""
+    file = tmp_path / "dual.json"
+    flags = ["paper:0.3", "--mode", "timed", "--until-s", "20", "--policy", "repack", "--gpus", "6", "--slo", "50,2,9"]
+    result = CliRunner().invoke(app, [*flags, "--equal-slo", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "times the rate" in " ".join(result.output.split())
+    assert json.loads(file.read_text())["timed"]["repack"]["highest_rate"]["rate_multiple"] > 0
+    refused = CliRunner().invoke(app, flags)
+    assert refused.exit_code == 2
+    assert "--equal-slo" in refused.stderr
+
+
 @pytest.mark.parametrize("slo", ["5", "a,b,c", "0.5,1,1"])
 def test_objectives_are_checked(app: typer.Typer, slo: str) -> None:
     """Wrong objectives are named."""

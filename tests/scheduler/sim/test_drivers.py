@@ -68,6 +68,10 @@ class Recorder:
         """Pass on."""
         self.driver.failed(move, now_us)
 
+    def deferred(self, move: Move, now_us: int) -> None:
+        """Pass on."""
+        self.driver.deferred(move, now_us)
+
 
 def answers(driver: Driver, settings: MemorySettings, until_s: float, rate_per_s: float) -> tuple[list[object], int]:
     """Every decision of a run, and how many requests were preempted."""

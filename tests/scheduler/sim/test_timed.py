@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mell_scheduler.policy import POLICY_NAMES, PolicySettings
+from mell_scheduler.policy import POLICY_NAMES, PolicySettings, make_policy
+from mell_scheduler.policy.base import Move
+from mell_scheduler.sim.driver import PolicyDriver
 from mell_scheduler.sim.engine import Engine, Sequence
 from mell_scheduler.sim.hardware import GPUS, MODELS, HardwareError, capacity_tokens
 from mell_scheduler.sim.paper import paper_workload
@@ -161,6 +163,64 @@ def test_preemption_recomputes() -> None:
     assert all(s.generated == pytest.approx(2_000) for s in run.sequences)
 
 
+def test_a_small_request_overtakes_a_large_one() -> None:
+    """What fits now does not wait behind what has to wait for a GPU to start."""
+    slow = settings(gpu_start_s=20.0, spares=0)
+    sizes = (8_000, 8_000, 100)
+    workload = Workload("w", [Request((at + 1) * US_PER_S, size, 300) for at, size in enumerate(sizes)])
+    run = finished(TimedRun(workload, slow, bare_policy("repack", PolicySettings())), 10.0)
+    first, large, small = (s.first_token_s or 0.0 for s in run.sequences)
+    assert first < small < large
+    assert large - 2.0 > 15.0
+
+
+def test_late_after_a_preemption_is_a_miss() -> None:
+    """A preempted request that waits for long before it goes on has missed, whatever its mean pace."""
+    workload = Workload("w", [Request(0, 5_500, 2_000), Request(0, 5_500, 2_000)])
+    lenient = Slo(5.0, 1e5, 1e5)
+    fleet = settings(max_gpus=1, slo=lenient)
+    run = finished(TimedRun(workload, fleet, bare_policy("best-fit", PolicySettings())), 10.0)
+    assert [bool(s.resumes) for s in run.sequences] == [False, True]
+    assert measure(run, Window(0.0, 10.0)).resume_attainment == 0.5
+    run.settings = replace(fleet, slo=replace(lenient, ttft=1e4))
+    assert measure(run, Window(0.0, 10.0)).attainment == 1.0
+
+
+def test_a_deferred_move_is_planned_again_without_rest() -> None:
+    """On a link too slow for any move each epoch's moves are deferred, not failed: no request has to rest."""
+
+    class Watched(PolicyDriver):
+        deferrals = 0
+
+        def deferred(self, move: Move, now_us: int) -> None:
+            super().deferred(move, now_us)
+            type(self).deferrals += 1
+
+        def failed(self, move: Move, now_us: int) -> None:
+            raise AssertionError("nothing that was deferred has failed")
+
+    workload = Workload("w", [Request(0, 3_000, 800) for _ in range(4)] + [Request(5 * US_PER_S, 100, 200)])
+    fleet = settings(link_bytes_per_s=1.0, prefill_share=0.0, max_growth_tokens=16)
+    driver = Watched(make_policy("repack", PolicySettings()))
+    run = finished(TimedRun(workload, fleet, driver), 10.0)
+    assert Watched.deferrals > 1
+    assert sum(run.series.moves) == 0
+    assert all(s.finished_s is not None for s in run.sequences)
+
+
+def test_growth_has_a_limit() -> None:
+    """With a smaller prediction of growth, more requests are let onto one GPU."""
+    sizes = [Request(0, 2_900, 30) for _ in range(4)]
+    most = []
+    for limit in (None, 0):
+        fleet = settings(max_gpus=1, max_growth_tokens=limit)
+        run = TimedRun(Workload("w", sizes), fleet, bare_policy("repack", PolicySettings()))
+        for _ in run.run(1.0, 0.0):
+            pass
+        most.append(len(sizes) - run.series.waiting[-1])
+    assert most == [3, 4]
+
+
 def test_misses_are_counted() -> None:
     """A rejected and an unfinished request miss; tighter objectives are met by fewer."""
     workload = without_oversized(paper_workload(1.0, seed=5, span_s=60.0), ROOFLINE.capacity_tokens)
@@ -189,15 +249,16 @@ def test_the_search_finds_the_cheapest_that_meets() -> None:
 
 def test_the_dual_grows_with_the_fleet() -> None:
     """More GPUs carry a higher rate at the same objectives."""
-
-    def at_rate(multiple: float) -> Workload:
-        return without_oversized(paper_workload(max(0.01, multiple), seed=6, span_s=40.0), ROOFLINE.capacity_tokens)
-
     rates = []
     for gpus in (2, 8):
         fleet = settings(slo=Slo(20.0, 2.0, 9.0), max_gpus=gpus, spares=gpus)
-        study = Study(at_rate(1.0), fleet, Window(0.0, 40.0), bare_policy)
-        rates.append(highest_rate(study, "repack", PolicySettings(), at_rate, steps=4))
+
+        def study_at(multiple: float, fleet: TimedSettings = fleet) -> Study:
+            requests = paper_workload(max(0.01, multiple), seed=6, span_s=40.0)
+            workload = without_oversized(requests, ROOFLINE.capacity_tokens)
+            return Study(workload, fleet, Window(0.0, 40.0), bare_policy)
+
+        rates.append(highest_rate(study_at, "repack", PolicySettings(), steps=4))
     assert rates[0] < rates[1]
 
 

@@ -68,6 +68,9 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     equal_slo: Annotated[
         bool, typer.Option("--equal-slo", help="Timed: search head-room and spares at equal objectives.")
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="With --equal-slo: the highest rate that so many GPUs serve.")
+    ] = None,
     slo: Annotated[
         str, typer.Option(help="Timed: TTFT, TPOT and p99 gap objectives, as multiples of the unloaded values.")
     ] = "5,1.5,5",
@@ -82,6 +85,9 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = Through.POLICY,
     epoch_s: Annotated[float, typer.Option(min=0.01, help="Time between two plans of moves.")] = 1.0,
     move_s: Annotated[float, typer.Option(min=0.0, help="Time a move holds memory at both ends.")] = 0.0,
+    max_growth_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Most that a request is predicted to grow in an epoch and a move.")
+    ] = None,
     head_room: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a GPU arrivals leave free.")] = 0.0,
     time_scale: Annotated[float, typer.Option(min=_POSITIVE, help="Multiplies arrival times.")] = 1.0,
     length_scale: Annotated[float, typer.Option(min=_POSITIVE, help="Multiplies prompt and output lengths.")] = 1.0,
@@ -108,11 +114,13 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
                 spares=spares,
                 link_bytes_per_s=link_gbit_per_s * 1e9 / 8,
                 prefix_cache=prefix_cache is Switch.ON,
+                max_growth_tokens=max_growth_tokens,
             )
-            _run_timed(console, common, timed, equal_slo, outputs)
+            _run_timed(console, common, timed, _Search(equal_slo, gpus), outputs)
         else:
             capacity = capacity_tokens_ or capacity_tokens(model, gpu, gpus_per_instance)
-            _run_memory(console, common, MemorySettings(capacity, decode_tokens_per_s, epoch_s, move_s), outputs)
+            memory = MemorySettings(capacity, decode_tokens_per_s, epoch_s, move_s, max_growth_tokens=max_growth_tokens)
+            _run_memory(console, common, memory, outputs)
     except (TraceError, HardwareError, OSError, ValueError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -137,9 +145,11 @@ def _run_memory(console: Console, common: "_Common", memory: MemorySettings, out
     outputs.write(report.as_json(), report)
 
 
-def _run_timed(console: Console, common: "_Common", timed: TimedSettings, equal_slo: bool, outputs: "_Outputs") -> None:
-    if outputs.decisions is not None:
-        raise ValueError("--save-decisions works in memory mode only")
+def _run_timed(
+    console: Console, common: "_Common", timed: TimedSettings, search: "_Search", outputs: "_Outputs"
+) -> None:
+    if search.gpus is not None and not search.equal_slo:
+        raise ValueError("--gpus N asks for the highest rate at equal objectives: give --equal-slo too")
     simulation = TimedSimulation(
         common.trace,
         timed,
@@ -148,13 +158,22 @@ def _run_timed(console: Console, common: "_Common", timed: TimedSettings, equal_
         common.warmup_s,
         common.until_s,
         common.settings,
-        equal_slo,
+        search.equal_slo,
+        search.gpus,
     )
-    with _progress(console) as progress:
+    with _decision_log(outputs.decisions) as log, _progress(console) as progress:
         make_driver = live_core(timed.epoch_s) if common.through is Through.CORE else bare_policy
-        report = simulate_timed(simulation, progress, make_driver)
+        report = simulate_timed(simulation, progress, make_driver, perf_counter_ns, log)
     console.print(as_timed_table(report))
     outputs.write(report.as_json(), report.report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What timed mode looks for; `gpus`: the highest rate on so many, else the fewest GPU-hours."""
+
+    equal_slo: bool
+    gpus: int | None
 
 
 @dataclass(frozen=True, slots=True)

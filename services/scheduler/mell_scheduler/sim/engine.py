@@ -27,6 +27,10 @@ class Sequence:
     finished_s: float | None = None
     slow_tokens: float = 0.0
     """Tokens whose gap to the one before was over the objective."""
+    preempted_s: float | None = None
+    """Since when it has waited to go on, if it does."""
+    resumes: list[tuple[float, int]] = field(default_factory=list)
+    """For each preemption the seconds until it went on, and the tokens to prefill anew."""
     gpu: "Engine | None" = None
     move: Move | None = None
 
@@ -146,6 +150,9 @@ class Engine:
         sequence.ready_s = now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
+        if sequence.preempted_s is not None:
+            sequence.resumes.append((now_s - sequence.preempted_s, sequence.context))
+            sequence.preempted_s = None
         sequence.generated += 1.0
         self.decoding[sequence.item_id] = sequence
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
+from math import floor, log10
 
 from mell_scheduler.sim.report import PolicyFigures, Report
 
 _COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#0a7a8a", "#6e4a1f")
-_WIDTH, _HEIGHT, _MARGIN = 920, 260, 52
+_WIDTH, _HEIGHT, _MARGIN = 920, 260, 74
 _POINTS = 460
 
 _STYLE = """
@@ -31,13 +32,37 @@ def as_html(report: Report) -> str:
         _plot("Moves, total", time_s, {n: _summed(o.series.moves) for n, o in report.outcomes.items()}),
         _plot("Tokens moved, total", time_s, {n: _summed(o.series.moved_tokens) for n, o in report.outcomes.items()}),
         _plot("Preemptions, total", time_s, {n: _summed(o.series.preemptions) for n, o in report.outcomes.items()}),
+        *_latency_plots(report, time_s[-1]),
     ]
     title = escape(f"{report.trace}: GPUs by policy")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1>{_table(report)}{_key(report)}{''.join(plots)}{_settings(report)}</body></html>\n"
+        f"<h1>{title}</h1>{_table(report)}{_latency_table(report)}{_key(report)}{''.join(plots)}{_settings(report)}</body></html>\n"
     )
+
+
+_LATENCIES = (
+    ("Time to first token, median of a minute's arrivals, s", "ttft_p50_s"),
+    ("Time to first token, 90% of a minute's arrivals, s", "ttft_p90_s"),
+    ("Time per output token, median of a minute's arrivals, ms", "tpot_p50_ms"),
+    ("Time per output token, 90% of a minute's arrivals, ms", "tpot_p90_ms"),
+)
+
+
+def _latency_plots(report: Report, end_s: float) -> list[str]:
+    """Of timed runs, on the time axis of the other plots."""
+    lines = {n: o.latency for n, o in report.outcomes.items() if o.latency is not None}
+    if not lines:
+        return []
+    return [
+        _chart(title, end_s, [(at.time_s, getattr(at, name)) for at in lines.values()]) for title, name in _LATENCIES
+    ]
+
+
+def _latency_table(report: Report) -> str:
+    rows = {n: o.latency.rows for n, o in report.outcomes.items() if o.latency is not None}
+    return _rows(list(next(iter(rows.values()))), rows) if rows else ""
 
 
 def _memory_use(report: Report) -> dict[str, list[float]]:
@@ -58,14 +83,19 @@ def _summed(values: Sequence[int]) -> list[float]:
 
 def _table(report: Report) -> str:
     names = [field.name for field in fields(PolicyFigures)]
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
+    values = {n: {name: getattr(o.figures, name) for name in names} for n, o in report.outcomes.items()}
+    return _rows(names, values)
+
+
+def _rows(names: Sequence[str], values: dict[str, dict[str, float]]) -> str:
+    head = "".join(f"<th>{escape(policy)}</th>" for policy in values)
     rows = "".join(
-        f"<tr><td>{escape(policy)}</td>"
-        + "".join(f"<td>{_number(getattr(outcome.figures, name))}</td>" for name in names)
+        f"<tr><td>{escape(name.replace('_', ' '))}</td>"
+        + "".join(f"<td>{_number(row[name])}</td>" for row in values.values())
         + "</tr>"
-        for policy, outcome in report.outcomes.items()
+        for name in names
     )
-    return f"<table><thead><tr><th>policy</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _key(report: Report) -> str:
@@ -77,12 +107,17 @@ def _key(report: Report) -> str:
 
 
 def _plot(title: str, time_s: Sequence[float], lines: dict[str, list[float]]) -> str:
-    top = max((max(values, default=0.0) for values in lines.values()), default=0.0) or 1.0
-    end_s = max(time_s[-1], 1.0)
+    return _chart(title, time_s[-1], [(time_s, values) for values in lines.values()])
+
+
+def _chart(title: str, end_s: float, lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> str:
+    """One line per policy: times and values."""
+    top = max((max(values, default=0.0) for _, values in lines), default=0.0) or 1.0
+    top, end_s = _rounded_up(top), max(end_s, 1.0)
     paths = "".join(
         f'<polyline fill="none" stroke="{_colour(at)}" stroke-width="1.5"'
         f' points="{_points(time_s, values, end_s, top)}"/>'
-        for at, values in enumerate(lines.values())
+        for at, (time_s, values) in enumerate(lines)
     )
     return (
         f"<h2>{escape(title)}</h2>"
@@ -97,10 +132,19 @@ def _axes(end_s: float, top: float) -> str:
         y = _y(top * step / 4, top)
         parts.append(f'<line x1="{_MARGIN}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d0d7de"/>')
         parts.append(f'<text x="{_MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * step / 4)}</text>')
-        x = _x(end_s * step / 4, end_s)
-        anchor = "start" if step == 0 else "end" if step == 4 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{_number(end_s * step / 4)} s</text>')
+    between_s = _rounded_up(end_s / 8)
+    for step in range(int(end_s / between_s) + 1):
+        x = _x(step * between_s, end_s)
+        anchor = "start" if step == 0 else "end" if x > _WIDTH - 20 else "middle"
+        text = f"{_number(step * between_s)} s"
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{text}</text>')
     return "".join(parts)
+
+
+def _rounded_up(value: float) -> float:
+    """The next number that is easy to read and to quarter."""
+    power = 10.0 ** floor(log10(value))
+    return next(step * power for step in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0) if value <= step * power * (1.0 + 1e-9))
 
 
 def _points(time_s: Sequence[float], values: Sequence[float], end_s: float, top: float) -> str:

@@ -27,6 +27,8 @@ class MemorySettings:
     epoch_s: float = 1.0
     move_s: float = 0.0
     max_gpus: int | None = None
+    max_growth_tokens: int | None = None
+    """Most that a request is predicted to grow while a move is under way; None: what it grows."""
 
     @property
     def tick_us(self) -> int:
@@ -36,7 +38,8 @@ class MemorySettings:
     @property
     def predicted_growth(self) -> int:
         """Growth while a move is under way; with instant moves the epoch cures what has grown."""
-        return ceil(self.decode_tokens_per_s * self.tick_us / US_PER_S) if self.move_s else 0
+        growth = ceil(self.decode_tokens_per_s * self.tick_us / US_PER_S) if self.move_s else 0
+        return growth if self.max_growth_tokens is None else min(growth, self.max_growth_tokens)
 
 
 @dataclass(slots=True, eq=False)

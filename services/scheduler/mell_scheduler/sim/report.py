@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
-from mell_scheduler.sim.series import Series, Window, percentile, windowed
+from mell_scheduler.sim.series import LatencyPlots, Series, Window, percentile, windowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Outcome:
 
     figures: PolicyFigures
     series: Series
+    latency: LatencyPlots | None = None
+    """In timed mode."""
 
 
 @dataclass(frozen=True, slots=True)

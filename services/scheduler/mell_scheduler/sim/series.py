@@ -17,6 +17,20 @@ class Series:
     waiting: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class LatencyPlots:
+    """What a minute's arrivals saw; minutes in which nothing that arrived has ended are left out."""
+
+    time_s: list[float]
+    """Middle of the minute."""
+    ttft_p50_s: list[float]
+    ttft_p90_s: list[float]
+    tpot_p50_ms: list[float]
+    tpot_p90_ms: list[float]
+    rows: dict[str, float]
+    """Figures over the whole window, by name."""
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts since the last sample."""

@@ -95,7 +95,7 @@ def simulate(
     outcomes = {}
     for name in simulation.policies:
         run = MemoryRun(workload, simulation.memory, make_driver(name, settings), clock)
-        run.log = None if log is None else _tagged(log, name)
+        run.log = None if log is None else tagged(log, name)
         for now_s in run.run(until_s):
             if progress is not None:
                 progress(name, now_s, until_s)
@@ -110,7 +110,9 @@ def _outcome(run: MemoryRun, window: Window, workload: Workload) -> Outcome:
     return Outcome(figures, run.series)
 
 
-def _tagged(log: DecisionLog, policy: str) -> DecisionLog:
+def tagged(log: DecisionLog, policy: str) -> DecisionLog:
+    """The log with each record's policy in front."""
+
     def write(record: dict[str, object]) -> None:
         log({"policy": policy, **record})
 

@@ -1,14 +1,16 @@
 """Runs a workload against policies in timed mode: figures as in memory mode, and latency beside them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.table import Table
 
 from mell_scheduler.policy import PolicySettings
+from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
 from mell_scheduler.sim.report import Outcome, Report, figures_of
 from mell_scheduler.sim.requests import Scaling
-from mell_scheduler.sim.simulate import MakeDriver, Progress, bare_policy, prepare, window_of
-from mell_scheduler.sim.slo import Found, Latency, Study, cheapest
+from mell_scheduler.sim.series import Window
+from mell_scheduler.sim.simulate import MakeDriver, Progress, bare_policy, prepare, tagged, window_of
+from mell_scheduler.sim.slo import Found, Highest, Latency, Study, cheapest, highest_load, latency_plots
 from mell_scheduler.sim.timed import TimedSettings
 
 
@@ -25,6 +27,8 @@ class TimedSimulation:
     policy_settings: PolicySettings = field(default_factory=PolicySettings)
     equal_slo: bool = False
     """Search head-room and spares for the fewest GPU-hours, for every policy the same."""
+    gpus: int | None = None
+    """With `equal_slo`: so many GPUs, always on, and the search is for the highest rate that they serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class TimedReport:
     report: Report
     latency: dict[str, Latency]
     found: dict[str, Found | None]
+    highest: dict[str, Highest] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
         """The report's JSON with one key more, `timed`."""
@@ -41,33 +46,61 @@ class TimedReport:
         for name, latency in self.latency.items():
             found = self.found.get(name)
             chosen = {"head_room": found.head_room, "spares": found.spares} if found else None
-            timed[name] = {**asdict(latency), "chosen": chosen}
+            highest = self.highest.get(name)
+            most = {"rate_multiple": highest.multiple, "head_room": highest.head_room} if highest else None
+            timed[name] = {**asdict(latency), "chosen": chosen, "highest_rate": most}
         missed = [name for name, found in self.found.items() if found is None]
         return {**self.report.as_json(), "timed": timed, "missed_objectives": missed}
 
 
 def simulate_timed(
-    simulation: TimedSimulation, progress: Progress | None = None, make_driver: MakeDriver = bare_policy
+    simulation: TimedSimulation,
+    progress: Progress | None = None,
+    make_driver: MakeDriver = bare_policy,
+    clock: NanosecondClock | None = None,
+    log: DecisionLog | None = None,
 ) -> TimedReport:
     """Replay the trace against each policy; raises TraceError, ValueError for an unknown policy."""
     capacity = simulation.timed.roofline.capacity_tokens
     workload = prepare(simulation.trace, simulation.scaling, capacity)
     window = window_of(workload, simulation.warmup_s, simulation.until_s)
-    study = Study(workload, simulation.timed, window, make_driver)
-    outcomes, latencies, found = {}, {}, {}
+    study = Study(workload, simulation.timed, window, make_driver, clock)
+    outcomes, latencies, found, highest = {}, {}, {}, {}
     for at, name in enumerate(simulation.policies):
         settings, chosen = simulation.policy_settings, study
-        if simulation.equal_slo:
+        if simulation.equal_slo and simulation.gpus is not None:
+            most = highest[name] = highest_load(lambda multiple: _study_at(simulation, study, multiple), name)
+            settings = PolicySettings(head_room=most.head_room)
+            chosen = _study_at(simulation, study, most.multiple or 1.0)
+        elif simulation.equal_slo:
             hit = found[name] = cheapest(study, name)
             if hit is not None:
                 settings, chosen = PolicySettings(head_room=hit.head_room), study.with_spares(hit.spares)
-        run, latencies[name] = chosen.run(name, settings)
+        run, latency = chosen.run(name, settings, None if log is None else tagged(log, name))
+        latencies[name] = latency
         rejected = workload.excluded.get("over capacity", 0)
-        outcomes[name] = Outcome(figures_of(run.series, window, capacity, [], rejected), run.series)
+        figures = figures_of(run.series, chosen.window, capacity, run.decision_ns, rejected)
+        outcomes[name] = Outcome(figures, run.series, latency_plots(run, latency))
         if progress is not None:
             progress("policies", at + 1.0, float(len(simulation.policies)))
     report = Report(workload.name, _settings(simulation, window.until_s), capacity, workload.excluded, outcomes)
-    return TimedReport(report, latencies, found)
+    return TimedReport(report, latencies, found, highest)
+
+
+def _study_at(simulation: TimedSimulation, study: Study, multiple: float) -> Study:
+    """The same at another rate, on a fixed number of GPUs that are all warm from the start.
+
+    `paper:RATE` is sampled at that rate; a trace is replayed faster, and the window shrinks with it.
+    """
+    settings = replace(study.settings, max_gpus=simulation.gpus, spares=simulation.gpus or 0)
+    capacity = study.settings.roofline.capacity_tokens
+    trace, scaling, window = simulation.trace, simulation.scaling, study.window
+    if trace.startswith("paper:"):
+        trace = f"paper:{float(trace.removeprefix('paper:')) * multiple:g}"
+    else:
+        scaling = replace(scaling, time=scaling.time / multiple)
+        window = Window(window.warmup_s / multiple, window.until_s / multiple)
+    return replace(study, workload=prepare(trace, scaling, capacity), window=window, settings=settings)
 
 
 def _settings(simulation: TimedSimulation, until_s: float) -> dict[str, object]:
@@ -86,6 +119,8 @@ def as_timed_table(timed: TimedReport) -> Table:
     missed = [name for name, found in timed.found.items() if found is None]
     if missed:
         caption += f"; no setting on the grid met 99%: {', '.join(missed)}"
+    for name, highest in timed.highest.items():
+        caption += f"; {name}: up to {highest.multiple:.2f} times the rate (head-room {highest.head_room:g})"
     table = Table(title=f"{timed.report.trace}: GPUs and latency", caption=caption, box=None, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)

@@ -1,21 +1,22 @@
 """Latency figures and objectives of a timed run, and the search for the fewest GPU-hours at equal objectives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from mell_scheduler.policy import PolicySettings
 from mell_scheduler.sim.driver import Driver
 from mell_scheduler.sim.engine import Sequence as Served
+from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
 from mell_scheduler.sim.requests import Workload
-from mell_scheduler.sim.series import Window, percentile, windowed
+from mell_scheduler.sim.series import LatencyPlots, Window, percentile, windowed
 from mell_scheduler.sim.timed import TimedRun, TimedSettings
 
 ATTAINMENT = 0.99
 """Share of requests that must meet all objectives."""
 DRAIN_S = 600.0
 """How long after the last arrival a request may still finish."""
-HEAD_ROOMS = (0.0, 0.1, 0.2)
-SPARES = (3, 4, 5, 6, 7, 8, 10)
+HEAD_ROOMS = (0.0, 0.1)
+SPARES = (1, 2, 3, 4, 5, 6, 7, 8, 10)
 
 MakeDriver = Callable[[str, PolicySettings], Driver]
 
@@ -29,6 +30,8 @@ class Latency:
     ttft_attainment: float
     tpot_attainment: float
     gap_attainment: float
+    resume_attainment: float
+    """Share that went on in time after every preemption, or had none."""
     ttft_p50_s: float
     ttft_p99_s: float
     tpot_p50_s: float
@@ -57,6 +60,7 @@ def measure(run: TimedRun, window: Window, rejected: int = 0) -> Latency:
         ttft_attainment=sum(m[0] for m in met) / count,
         tpot_attainment=sum(m[1] for m in met) / count,
         gap_attainment=sum(m[2] for m in met) / count,
+        resume_attainment=sum(m[3] for m in met) / count,
         ttft_p50_s=percentile(ttfts, 0.5),
         ttft_p99_s=percentile(ttfts, 0.99),
         tpot_p50_s=percentile([s.tpot_s for s in done], 0.5),
@@ -70,20 +74,46 @@ def measure(run: TimedRun, window: Window, rejected: int = 0) -> Latency:
     )
 
 
+_MINUTE_S = 60.0
+
+
+def latency_plots(run: TimedRun, latency: Latency) -> LatencyPlots:
+    """By the minute of arrival, over the whole run."""
+    minutes: dict[int, list[Served]] = {}
+    for sequence in run.sequences:
+        if sequence.finished_s is not None:
+            minutes.setdefault(int(sequence.arrival_s // _MINUTE_S), []).append(sequence)
+    ordered = [minutes[minute] for minute in sorted(minutes)]
+    ttfts = [[(s.first_token_s or 0.0) - s.arrival_s for s in served] for served in ordered]
+    tpots = [[1e3 * s.tpot_s for s in served] for served in ordered]
+    return LatencyPlots(
+        [(minute + 0.5) * _MINUTE_S for minute in sorted(minutes)],
+        [percentile(values, 0.5) for values in ttfts],
+        [percentile(values, 0.9) for values in ttfts],
+        [percentile(values, 0.5) for values in tpots],
+        [percentile(values, 0.9) for values in tpots],
+        asdict(latency),
+    )
+
+
 def _e2e_s(sequence: Served) -> float:
     assert sequence.finished_s is not None
     return sequence.finished_s - sequence.arrival_s
 
 
-def _met(sequence: Served, settings: TimedSettings, mean_prompt: int) -> tuple[bool, bool, bool]:
-    """First token, mean per token, 99% of gaps."""
+def _met(sequence: Served, settings: TimedSettings, mean_prompt: int) -> tuple[bool, bool, bool, bool]:
+    """First token, mean per token, 99% of gaps, going on after preemptions."""
     assert sequence.first_token_s is not None
     roofline, slo = settings.roofline, settings.slo
-    unloaded_s = roofline.unloaded_ttft_s(max(sequence.request.prompt_tokens, mean_prompt))
+
+    def in_time(took_s: float, tokens: int) -> bool:
+        return took_s <= slo.ttft * roofline.unloaded_ttft_s(max(tokens, mean_prompt))
+
     return (
-        sequence.first_token_s - sequence.arrival_s <= slo.ttft * unloaded_s,
+        in_time(sequence.first_token_s - sequence.arrival_s, sequence.request.prompt_tokens),
         sequence.tpot_s <= slo.tpot * roofline.unloaded_tpot_s(1),
         sequence.slow_tokens <= 0.01 * sequence.request.output_tokens,
+        all(in_time(gap_s, tokens) for gap_s, tokens in sequence.resumes),
     )
 
 
@@ -95,10 +125,12 @@ class Study:
     settings: TimedSettings
     window: Window
     make_driver: MakeDriver
+    clock: NanosecondClock | None = None
 
-    def run(self, name: str, policy: PolicySettings) -> tuple[TimedRun, Latency]:
+    def run(self, name: str, policy: PolicySettings, log: DecisionLog | None = None) -> tuple[TimedRun, Latency]:
         """One run of a policy to its end, and its figures."""
-        run = TimedRun(self.workload, self.settings, self.make_driver(name, policy))
+        run = TimedRun(self.workload, self.settings, self.make_driver(name, policy), self.clock)
+        run.log = log
         for _ in run.run(self.window.until_s, DRAIN_S):
             pass
         return run, measure(run, self.window, self.workload.excluded.get("over capacity", 0))
@@ -147,16 +179,30 @@ def _fewest_spares(study: Study, name: str, head_room: float, spares: Sequence[i
     return best
 
 
-def highest_rate(
-    study: Study, name: str, policy: PolicySettings, scaled_by: Callable[[float], Workload], steps: int = 7
-) -> float:
-    """The dual: the highest load on `settings.max_gpus` that meets the objectives, by bisection.
+@dataclass(frozen=True, slots=True)
+class Highest:
+    """The highest load of a policy that met the objectives, as a multiple of the trace's rate; 0 if none did."""
 
-    `scaled_by` gives the workload at a multiple of its rate; the answer is that multiple, up to 4.
+    multiple: float
+    head_room: float
+
+
+def highest_load(
+    study_at: Callable[[float], Study], name: str, head_rooms: Sequence[float] = HEAD_ROOMS, steps: int = 7
+) -> Highest:
+    """The dual, for every policy the same: the best head-room's highest rate on `settings.max_gpus`."""
+    found = [Highest(highest_rate(study_at, name, PolicySettings(head_room=h), steps), h) for h in head_rooms]
+    return max(found, key=lambda hit: hit.multiple)
+
+
+def highest_rate(study_at: Callable[[float], Study], name: str, policy: PolicySettings, steps: int = 7) -> float:
+    """The highest rate that meets the objectives, by bisection. `study_at` gives the study at a multiple of its rate.
+
+    The answer is that multiple, up to 4 and a multiple of 4 / 2^steps.
     """
     low, high = 0.0, 4.0
     for _ in range(steps):
         middle = (low + high) / 2
-        _, latency = replace(study, workload=scaled_by(middle)).run(name, policy)
+        _, latency = study_at(middle).run(name, policy)
         low, high = (middle, high) if latency.attainment >= ATTAINMENT else (low, middle)
     return low

@@ -29,7 +29,10 @@ _BACKLOG_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Objectives of one request: first token, mean per token, and 99% of the gaps between tokens."""
+    """Objectives of one request: first token, mean per token, and 99% of the gaps between tokens.
+
+    After a preemption it must go on within the first-token objective of what it then prefills anew.
+    """
 
     ttft: float = 5.0
     tpot: float = 1.5
@@ -93,6 +96,7 @@ class TimedRun:
         """Blocks that a request may grow until a move planned now is made."""
         most = self._roofline.growth_blocks(self.settings.epoch_s + self._typical_move_s())
         limit = self.settings.max_growth_tokens
+        most = min(most, self._roofline.capacity_blocks)
         return (most if limit is None else min(most, blocks(limit))) + 1
 
     def _typical_move_s(self) -> float:
@@ -201,6 +205,7 @@ class TimedRun:
         sequence.slow_tokens += 1.0
         self._record("preempt", item=sequence.item_id, source=engine.gpu_id)
         self._leave(sequence)
+        sequence.preempted_s = self.now_s if sequence.preempted_s is None else sequence.preempted_s
         self._waiting.appendleft(sequence)
 
     # --- moves
