@@ -167,29 +167,34 @@ def equal_slo_table(model: str, gpu: str, seeds: Iterable[int]) -> str:
     """GPU-hours per hour at equal objectives, the same search for every policy; mean and range over seeds."""
     roofline = Roofline.of(model, gpu)
     window = Window(600.0, 1_500.0)
-    found: dict[str, list[tuple[float, str]]] = {}
+    found: dict[str, dict[int, tuple[float, str]]] = {}
     for seed in seeds:
         workload = prepare("paper:1.1", Scaling(seed=seed), roofline.capacity_tokens)
         study = Study(workload, TimedSettings(roofline), window, bare_policy)
-        for name in ("repack", "mell", "load-balance-drain", "load-balance", "worst-fit", "best-fit"):
+        for name in ("repack", "best-fit", "worst-fit", "load-balance", "load-balance-drain", "mell"):
             hit = cheapest(study, name)
             if hit is not None:
                 text = f"{hit.head_room:g}/{hit.spares} ({hit.latency.attainment:.1%})"
-                found.setdefault(name, []).append((hit.latency.gpu_hours, text))
+                found.setdefault(name, {})[seed] = (hit.latency.gpu_hours, text)
             else:
-                found.setdefault(name, [])
-    base = _mean([hours for hours, _ in found["repack"]])
+                found.setdefault(name, {})
     rows = [
         (
             name,
-            _spread([hours for hours, _ in hits]),
-            f"{1 - base / _mean([h for h, _ in hits]):.1%}" if hits and base else "",
-            ", ".join(text for _, text in hits) or "none on the grid meets the objectives",
+            _spread([hours for hours, _ in hits.values()]),
+            _saved(found["repack"], hits),
+            ", ".join(text for _, text in hits.values()) or "none on the grid meets the objectives",
         )
         for name, hits in found.items()
     ]
     heads = ("policy", "GPUs, mean (range)", "repack saves", "head-room/spares found (attained), per seed")
     return _markdown(heads, rows)
+
+
+def _saved(ours: dict[int, tuple[float, str]], theirs: dict[int, tuple[float, str]]) -> str:
+    """On the seeds on which both found a setting."""
+    both = sorted(ours.keys() & theirs.keys())
+    return f"{1 - _mean([ours[s][0] for s in both]) / _mean([theirs[s][0] for s in both]):.1%}" if both else ""
 
 
 def _mean(values: list[float]) -> float:
