@@ -47,6 +47,9 @@ class WorkerSettings(ServiceSettings):
     fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")
     fake_sequence_us: int = Field(0, ge=0, description="Fake engine: time added for each sequence in a step.")
     fake_prefill_token_us: int = Field(0, ge=0, description="Fake engine: time added for each prompt token.")
+    fake_kv_bytes_per_token: int = Field(
+        8, ge=8, multiple_of=8, description="Fake engine: bytes of KV for each token, as large as a real model's."
+    )
 
     @model_validator(mode="before")
     @classmethod
