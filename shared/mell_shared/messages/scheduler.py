@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32Column, require_equal_lengths
+from mell_shared.messages.base import (
+    PROTOCOL_VERSION,
+    Generation,
+    Id,
+    Message,
+    MigrationMode,
+    Uint32Column,
+    require_equal_lengths,
+)
 from mell_shared.messages.sampling import FinishReason
 
 
@@ -161,7 +169,15 @@ class MigrationCommitted(Message):
     prefilled_tokens: int = Field(default=0, ge=0)
     prefill_us: int = Field(default=0, ge=0)
     stopped_us: int = Field(default=0, ge=0)
-    """From the source's last token to the target's first."""
+    """From the source's last token to the target's first; the next three are its shares."""
+    tail_us: int = Field(default=0, ge=0)
+    """Until the source had sent the rest and asked for the commit."""
+    claim_us: int = Field(default=0, ge=0)
+    """From there to the frontend's grant at the target."""
+    first_step_us: int = Field(default=0, ge=0)
+    """From there to the target's first token; 0 if that was computed before the grant."""
+    mode: MigrationMode | None = None
+    """As it was carried out in the end; None: not told."""
 
 
 class MigrationFailed(Message):
@@ -178,6 +194,7 @@ class MigrationFailed(Message):
     generation: Generation
     reason: Id
     message: str = ""
+    mode: MigrationMode | None = None
 
 
 SchedulerEvent = Annotated[
