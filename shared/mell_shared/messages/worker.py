@@ -75,7 +75,28 @@ class Migrate(Message):
     term: int = Field(ge=0)
 
 
-WorkerCommand = Annotated[Submit | Cancel | Resend | Report | Migrate, Field(discriminator="kind")]
+class Drain(Message):
+    """Take nothing new, and be emptied; after `deadline_s` from now give back what is left (None: never).
+
+    A repeat sets the deadline anew. `term` is the sender's: a worker that knows a higher one refuses.
+    """
+
+    kind: Literal["drain"] = "drain"
+    term: int = Field(ge=0)
+    deadline_s: float | None = Field(default=None, ge=0)
+
+
+class Undrain(Message):
+    """The end of `Drain`: take work again."""
+
+    kind: Literal["undrain"] = "undrain"
+    term: int = Field(ge=0)
+
+
+WorkerCommand = Annotated[
+    Submit | Cancel | Resend | Report | Migrate | Drain | Undrain,
+    Field(discriminator="kind"),
+]
 
 
 class SubmitAccepted(Message):
@@ -127,6 +148,23 @@ class MigrateRefused(Message):
     term: int = Field(default=0, ge=0)
 
 
+class DrainSet(Message):
+    """Whether the worker drains from now on, as it will report; it still holds `sequences`."""
+
+    kind: Literal["drain_set"] = "drain_set"
+    draining: bool
+    sequences: int = Field(ge=0)
+
+
+class DrainRefused(Message):
+    """Nothing has changed: the sender's `term` is over (`term` here is the highest known), or the worker stops."""
+
+    kind: Literal["drain_refused"] = "drain_refused"
+    reason: Literal["term", "stopping"]
+    message: str
+    term: int = Field(default=0, ge=0)
+
+
 class CommandInvalid(Message):
     """The command could not be read; it was dropped."""
 
@@ -135,7 +173,15 @@ class CommandInvalid(Message):
 
 
 WorkerReply = Annotated[
-    SubmitAccepted | SubmitRefused | CancelDone | ResendDone | MigrateAccepted | MigrateRefused | CommandInvalid,
+    SubmitAccepted
+    | SubmitRefused
+    | CancelDone
+    | ResendDone
+    | MigrateAccepted
+    | MigrateRefused
+    | DrainSet
+    | DrainRefused
+    | CommandInvalid,
     Field(discriminator="kind"),
 ]
 
