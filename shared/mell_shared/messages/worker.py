@@ -76,6 +76,24 @@ class Migrate(Message):
     term: int = Field(ge=0)
 
 
+class Drain(Message):
+    """Take nothing new, and be emptied; after `deadline_s` from now give back what is left (None: never).
+
+    A repeat sets the deadline anew. `term` is the sender's: a worker that knows a higher one refuses.
+    """
+
+    kind: Literal["drain"] = "drain"
+    term: int = Field(ge=0)
+    deadline_s: float | None = Field(default=None, ge=0)
+
+
+class Undrain(Message):
+    """The end of `Drain`: take work again."""
+
+    kind: Literal["undrain"] = "undrain"
+    term: int = Field(ge=0)
+
+
 class ReserveKv(Message):
     """A migration's source asks the target for room: blocks for the ids so far and `growth_tokens` more.
 
@@ -97,8 +115,10 @@ class ReserveKv(Message):
     output_ids: Uint32Column = []
     sampling: SamplingParams
     priority: int = 0
+    max_outputs: int = Field(ge=1)
+    """Where the output ends at the latest, as the worker that it began on has it."""
     cached_tokens: int = Field(default=0, ge=0)
-    """Of the prompt, as told to the frontend by who started it."""
+    """Of the prompt, as told to the frontend by the worker that it began on."""
     mode: MigrationMode
     split_tokens: int = Field(default=0, ge=0)
     growth_tokens: int = Field(default=0, ge=0)
@@ -155,7 +175,7 @@ PeerCommand = ReserveKv | ExtendKv | CommitMigration | ReleaseKv
 """What one worker asks another during a migration."""
 
 WorkerCommand = Annotated[
-    Submit | Cancel | Resend | Report | Migrate | ReserveKv | ExtendKv | CommitMigration | ReleaseKv,
+    Submit | Cancel | Resend | Report | Migrate | Drain | Undrain | ReserveKv | ExtendKv | CommitMigration | ReleaseKv,
     Field(discriminator="kind"),
 ]
 
@@ -205,6 +225,23 @@ class MigrateRefused(Message):
 
     kind: Literal["migrate_refused"] = "migrate_refused"
     reason: Id
+    message: str
+    term: int = Field(default=0, ge=0)
+
+
+class DrainSet(Message):
+    """Whether the worker drains from now on, as it will report; it still holds `sequences`."""
+
+    kind: Literal["drain_set"] = "drain_set"
+    draining: bool
+    sequences: int = Field(ge=0)
+
+
+class DrainRefused(Message):
+    """Nothing has changed: the sender's `term` is over (`term` here is the highest known), or the worker stops."""
+
+    kind: Literal["drain_refused"] = "drain_refused"
+    reason: Literal["term", "stopping"]
     message: str
     term: int = Field(default=0, ge=0)
 
@@ -280,6 +317,8 @@ WorkerReply = Annotated[
     | ResendDone
     | MigrateAccepted
     | MigrateRefused
+    | DrainSet
+    | DrainRefused
     | KvReserved
     | KvRefused
     | CaughtUp

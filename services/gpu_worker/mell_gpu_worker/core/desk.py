@@ -50,7 +50,9 @@ class Desk:
 
     def _refusal(self, submit: Submit, grammar_fault: str | None) -> SubmitRefused | None:
         if self.closed:
-            return SubmitRefused(reason="stopping", message="this worker is about to stop")
+            return SubmitRefused(
+                reason="stopping", message="this worker takes nothing new: it is drained or about to stop"
+            )
         return self._rules.refusal(submit, grammar_fault)
 
     def _admit(self, submit: Submit, now_us: int) -> Answer:

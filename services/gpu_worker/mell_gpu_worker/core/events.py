@@ -17,7 +17,7 @@ LinkFailure = Literal["link", "unreachable", "corrupt", "timeout", "refused"]
 class CommandReceived:
     """A command came; `reply_to` is empty if nobody waits for a reply.
 
-    `grammar_fault` says why the engine cannot use a submission's grammar.
+    `grammar_fault` says why the engine cannot use the grammar of a submission or a reservation.
     """
 
     command: WorkerCommand

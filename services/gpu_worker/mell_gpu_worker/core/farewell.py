@@ -75,9 +75,4 @@ class Farewell:
     def _evict(self, now_us: int) -> list[Command]:
         """Give back whatever has not finished."""
         self.stage = Stage.EVICTING
-        said: list[Command] = []
-        for sequence in self._residents.live:
-            said.append(self.evictions.send(sequence))
-            self._residents.batcher.end(sequence)
-            self._residents.streams.forget(sequence, now_us)
-        return said
+        return self.evictions.give_back(self._residents, now_us)

@@ -10,6 +10,7 @@ from mell_gpu_worker.core.blocks import BlockPool, root_digest
 from mell_gpu_worker.core.commands import Command, PublishEvent, PublishTokens, Reply, RunStep
 from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.desk import Desk
+from mell_gpu_worker.core.draining import Draining
 from mell_gpu_worker.core.events import (
     CommandReceived,
     ConnectionLost,
@@ -29,10 +30,21 @@ from mell_gpu_worker.core.report import Reporter
 from mell_gpu_worker.core.residents import Residents
 from mell_gpu_worker.core.step import StepResult
 from mell_gpu_worker.core.streams import Streams
+from mell_gpu_worker.core.terms import Terms
 from mell_gpu_worker.core.tokens import TokensTable
 from mell_gpu_worker.core.watch import FrontendWatch
 from mell_shared.messages.scheduler import WorkerJoined
-from mell_shared.messages.worker import Cancel, Migrate, MigrateRefused, Report, Resend, Submit, WorkerReply
+from mell_shared.messages.worker import (
+    Cancel,
+    Drain,
+    Migrate,
+    MigrateRefused,
+    Report,
+    Resend,
+    Submit,
+    Undrain,
+    WorkerReply,
+)
 
 JOIN_EVERY_REPORTS = 10
 """The join is published again with every so many reports, since any one may be lost."""
@@ -56,6 +68,8 @@ class WorkerCore:
         self._desk = Desk(config, self._residents)
         self._watch = FrontendWatch(self._residents)
         self._farewell = Farewell(self._residents, self._watch)
+        self._terms = Terms()
+        self._drain = Draining(self._residents, self._farewell.evictions, self._terms)
         self._reporter = Reporter(spec.worker)
         self._now_us = self._report_us = now_us
         self._status_us = now_us + config.status_interval_us
@@ -68,12 +82,12 @@ class WorkerCore:
     @property
     def draining(self) -> bool:
         """Whether nothing new is taken."""
-        return self.stage is not Stage.SERVING
+        return self._drain.on or self.stage is not Stage.SERVING
 
     @property
     def wake_us(self) -> int:
         """When `TimePassed` is due at the latest."""
-        times = (self._report_us, self._status_us, self._farewell.wake_us)
+        times = (self._report_us, self._status_us, self._farewell.wake_us, self._drain.wake_us)
         return min(time_us for time_us in times if time_us is not None)
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
@@ -84,7 +98,7 @@ class WorkerCore:
             return []
         commands = self._take(event)
         commands += self._on_time()
-        if self.draining:
+        if self.stage is not Stage.SERVING:
             commands += self._farewell.proceed(now_us)
         return commands + self._next_step()
 
@@ -129,6 +143,9 @@ class WorkerCore:
                 reply, said = self._desk.resend(command)
             case Migrate():
                 reply, said = _MOVES_NOTHING, []
+            case Drain() | Undrain():
+                reply = self._drain.obey(command, self._now_us, stopping=self.stage is not Stage.SERVING)
+                self._desk.closed, said = self.draining, self._report(join=False)
             case Report():
                 return self._announce()
         # The reply first: a submission is accepted before its tokens come.
@@ -160,8 +177,8 @@ class WorkerCore:
         return said + [PublishTokens(frontend, table.message(worker)) for frontend, table in tables.items()]
 
     def _on_time(self) -> list[Command]:
-        said: list[Command] = []
-        if self._now_us >= self._report_us:
+        said = self._drain.proceed(self._now_us)
+        if said or self._now_us >= self._report_us:
             self._report_us = _next(self._report_us, self._now_us, self.config.report_interval_us)
             said += self._report(join=self._reporter.number % JOIN_EVERY_REPORTS == 0)
         if self._now_us >= self._status_us:
@@ -177,7 +194,7 @@ class WorkerCore:
         return [PublishEvent(WorkerJoined(spec=self.config.spec)), report] if join else [report]
 
     def _stop(self) -> list[Command]:
-        if self.draining:
+        if self.stage is not Stage.SERVING:
             return []
         self._desk.closed = True
         self._farewell.begin(self._now_us + self.config.stop_deadline_us)
