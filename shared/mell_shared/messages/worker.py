@@ -159,7 +159,8 @@ class CommitMigration(Message):
     """Of the last outputs, which the frontend may not have accepted; the last is the last output's."""
     copied_bytes: int = Field(default=0, ge=0)
     copy_us: int = Field(default=0, ge=0)
-    rounds: int = Field(default=0, ge=0)
+    mode: MigrationMode
+    """As it was carried out in the end."""
     tail_us: int = Field(default=0, ge=0)
     """From the source's last token to this message."""
 

@@ -15,6 +15,12 @@ class MoveLimits:
     """For the answer to a commit, a claim at the frontend included; afterwards the frontend is asked."""
     claim_timeout_us: int = 300_000
     """For a frontend's answer to one claim or abort; then it is repeated."""
+    link_us: int = 2_000_000
+    """For a connection to the target."""
+    send_us: int = 10_000_000
+    """For one round of blocks while the sequence decodes."""
+    tail_us: int = 5_000_000
+    """For the last blocks, while it stands still."""
     ask_pause_us: int = 50_000
     """Between repeats of a claim or abort."""
     ask_us: int = 5_000_000
@@ -25,7 +31,7 @@ class MoveLimits:
     """A move still copying after so long has failed; below the schedulers' patience."""
     reservation_us: int = 30_000_000
     """Longest life of a reservation, and of its offer."""
-    idle_us: int = 5_000_000
+    idle_us: int = 10_000_000
     """A reservation whose source is not heard of for so long is dropped."""
     hold_us: int = 500_000
     """How long a question how far the target is waits for it to be done."""
