@@ -20,6 +20,10 @@ class Loans:
         """Yield the blocks of each transfer."""
         return iter(self._lent.values())
 
+    def of(self, migration: str) -> Sequence[int]:
+        """Return the blocks that a migration's transfer has."""
+        return self._lent.get(migration, ())
+
     def lend(self, migration: str, blocks: Sequence[int]) -> None:
         """Lend blocks, which somebody holds, to a migration's transfer."""
         self._pool.share(blocks)
