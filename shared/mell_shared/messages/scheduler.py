@@ -88,7 +88,18 @@ class WorkerSpec(Message):
     link_bytes_per_s: int = Field(default=0, ge=0)
     """What its link carries each way; here and below 0 means unknown."""
     prefill_tokens_per_s: int = Field(default=0, ge=0)
-    """What it can prefill for others without hurting its decodes."""
+    """What it can prefill for others without hurting its decodes: beside one, or a few."""
+    profiled_batches: Uint32Column = []
+    """Numbers of decodes, ascending, beside which that was measured."""
+    profiled_tokens_per_s: Uint32Column = []
+    """What it was beside as many."""
+
+    @model_validator(mode="after")
+    def _rows_match(self) -> Self:
+        require_equal_lengths(
+            profiled_batches=self.profiled_batches, profiled_tokens_per_s=self.profiled_tokens_per_s
+        )
+        return self
 
     @property
     def max_total_tokens(self) -> int:
@@ -197,8 +208,18 @@ class MigrationFailed(Message):
     mode: MigrationMode | None = None
 
 
+class LaneMeasured(Message):
+    """What the lane from `worker` to `target` carries, measured when they got to know each other."""
+
+    kind: Literal["lane_measured"] = "lane_measured"
+    worker: Id
+    target: Id
+    bytes_per_s: int = Field(ge=1)
+    latency_us: int = Field(ge=0)
+
+
 SchedulerEvent = Annotated[
-    WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished | MigrationCommitted | MigrationFailed,
+    WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished | MigrationCommitted | MigrationFailed | LaneMeasured,
     Field(discriminator="kind"),
 ]
 
