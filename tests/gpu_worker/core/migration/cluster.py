@@ -68,11 +68,8 @@ class Node:
     """A worker core with its engine; its shell is the cluster."""
 
     def __init__(self, name: str, cluster: "Cluster", **changes: Any) -> None:
-        config = worker_config(worker=name, **({"max_model_len": 400, "kv_blocks": 40} | changes))
-        config = config.__class__(
-            **{f: getattr(config, f) for f in config.__dataclass_fields__}
-            | {"spec": config.spec.model_copy(update={"migration_modes": changes.get("modes", ALL_MODES)})}
-        )
+        defaults = {"worker": name, "max_model_len": 400, "kv_blocks": 40, "migration_modes": ALL_MODES}
+        config = worker_config(**(defaults | changes))
         self.name = name
         self.core = WorkerCore(config, cluster.network.now_us)
         self.engine = fake_engine(config.spec.kv_blocks)
