@@ -57,7 +57,7 @@ async def _options(settings: WorkerSettings, *, cuda: bool) -> TransportOptions:
     if not host:
         try:
             host = await address_towards(settings.nats_url, _NATS_PORT)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise StartError(f"no address of this machine is known to others ({error}): set --data-host") from error
     return TransportOptions(
         kind=settings.transport,

@@ -7,7 +7,7 @@ from mell_console.up.child import ChildSpec
 from mell_console.up.plan import WorkerPlan
 from mell_console.up.settings import UpSettings
 
-_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_LOG_FORMAT"}
+_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_DATA_PORT", "MELL_LOG_FORMAT"}
 """Variables that must not reach every child alike."""
 
 
