@@ -24,6 +24,7 @@ _QUICK = {
     "MELL_REPORT_INTERVAL_S": "0.2",
     "MELL_STATUS_INTERVAL_S": "0.2",
     "MELL_WORKER_SILENCE_S": "1.5",
+    "MELL_PROFILE_S": "0",
 }
 
 

@@ -48,15 +48,13 @@ async def test_host_and_port_are_settings() -> None:
     [
         ({"data_host": "192.0.2.1"}, "--data-host"),
         ({"nats_url": "nats://:1:2"}, "--data-host"),
-        ({"device": "cuda:0"}, "mell[ucx]"),
     ],
 )
 async def test_a_port_that_cannot_be_had_is_said_in_one_line(changes: dict[str, str], hint: str) -> None:
     """With what to do about it."""
-    device = {"device": changes.pop("device", "cpu")}
     settings = worker_settings(transport="tcp", **changes)
     with pytest.raises(StartError) as caught:
-        await open_data_port(settings, engine(settings, **device), DataCounts())
+        await open_data_port(settings, engine(settings), DataCounts())
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -84,6 +82,13 @@ def test_modes_are_those_asked_for_that_the_engine_has() -> None:
     assert modes_of(settings, engine(settings).spec) == ("tokens", "hybrid")
     assert modes_of(settings, engine(settings, migration_modes=("tokens",)).spec) == ("tokens",)
     assert modes_of(worker_settings(migration_modes=""), engine(settings).spec) == ()
+
+
+@pytest.mark.parametrize(("kind", "modes"), [("tcp", ("tokens",)), ("ucx", ("kv", "tokens", "hybrid"))])
+def test_kv_of_a_gpu_moves_over_ucx_only(kind: str, modes: tuple[str, ...]) -> None:
+    """Over TCP, which takes host memory, its sequences move by their tokens."""
+    settings = worker_settings(transport=kind)
+    assert modes_of(settings, engine(settings, device="cuda:0").spec) == modes
 
 
 def test_an_unknown_mode_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
