@@ -139,7 +139,7 @@ class Source:
             split_tokens=split if mode == "hybrid" else 0,
             known_outputs=sequence.outputs,
             outputs=sequence.outputs,
-            token_us=now_us,
+            token_us=self._residents.stepped_us,
         )
         self.moving[move.migration] = move
         question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout)

@@ -188,7 +188,9 @@ class Target:
                 if phase in {TargetPhase.RESERVED, TargetPhase.JOINING}:
                     return self._apply(move, TargetEvent.HEARD, now_us)
             case LinkFailed(reason=reason, message=message) if phase in _HELD and not move.in_place:
-                return self._apply(move, TargetEvent.LINK_FAILED, now_us, reason, message)
+                # Refused here means that there are too many offers.
+                why = "busy" if reason == "refused" else reason
+                return self._apply(move, TargetEvent.LINK_FAILED, now_us, why, message)
             case _:
                 pass
         return []
