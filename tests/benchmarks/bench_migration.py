@@ -88,9 +88,10 @@ def test_pause_of_a_move(transport: str, tmp_path: Path) -> None:
             await pair.start("other-1", 1, 200)
             windows: list[tuple[int, int]] = []
             for length in LENGTHS:
-                await pair.start("a", 0, length)
-                pauses[length] = [await _paused(pair, windows) for _ in range(3 * ROUNDS)]
-                await pair.end("a")
+                name = f"moved-{length}"
+                await pair.start(name, 0, length)
+                pauses[length] = [await _paused(pair, name, windows) for _ in range(3 * ROUNDS)]
+                await pair.end(name)
             others = _others(pair, windows)
         return pauses, others, round_trip_us
 
@@ -116,16 +117,16 @@ def test_pause_of_a_move(transport: str, tmp_path: Path) -> None:
     print_table("Others' inter-token time on both workers, ms", ["", "p50", "p99", "tokens"], rows)
 
 
-async def _paused(pair: Movers, windows: list[tuple[int, int]]) -> tuple[MigrationCommitted, int]:
+async def _paused(pair: Movers, name: str, windows: list[tuple[int, int]]) -> tuple[MigrationCommitted, int]:
     """Move, and find the gap at the frontend where the new owner's tokens begin."""
-    clock, stream = pair.frontend.clock, pair.frontend.streams["a"]
+    clock, stream = pair.frontend.clock, pair.frontend.streams[name]
     begun_us = clock.now_us()
-    moved = await pair.move("a", mode="kv")
+    moved = await pair.move(name, mode="kv")
     windows.append((begun_us, clock.now_us()))
     count = len(stream.tokens)
     await pair.frontend.until(lambda: len(stream.tokens) > count + 4)
     first = next(i for i, at_us in enumerate(stream.arrived_us) if at_us >= begun_us)
-    gaps = [pair.gap_us("a", index) for index in range(max(1, first), len(stream.arrived_us))]
+    gaps = [pair.gap_us(name, index) for index in range(max(1, first), len(stream.arrived_us))]
     return moved, max(gaps)
 
 
