@@ -11,7 +11,6 @@ app = typer.Typer(
     name="mell",
     help="Serve large language models for many users on as few GPUs as possible.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
