@@ -8,7 +8,7 @@ from mell_scheduler.sim.driver import Driver
 from mell_scheduler.sim.engine import Sequence as Served
 from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
 from mell_scheduler.sim.requests import Workload
-from mell_scheduler.sim.series import LatencyPlots, Window, percentile, windowed
+from mell_scheduler.sim.series import LatencyPlots, Progress, Window, percentile, windowed
 from mell_scheduler.sim.timed import TimedRun, TimedSettings
 
 ATTAINMENT = 0.99
@@ -126,13 +126,16 @@ class Study:
     window: Window
     make_driver: MakeDriver
     clock: NanosecondClock | None = None
+    progress: Progress | None = None
 
     def run(self, name: str, policy: PolicySettings, log: DecisionLog | None = None) -> tuple[TimedRun, Latency]:
         """One run of a policy to its end, and its figures."""
         run = TimedRun(self.workload, self.settings, self.make_driver(name, policy), self.clock)
         run.log = log
-        for _ in run.run(self.window.until_s, DRAIN_S):
-            pass
+        told = f"{name}, head-room {policy.head_room:g}, spares {self.settings.spares}"
+        for now_s in run.run(self.window.until_s, DRAIN_S):
+            if self.progress is not None:
+                self.progress(told, now_s, self.window.until_s)
         return run, measure(run, self.window, self.workload.excluded.get("over capacity", 0))
 
     def with_spares(self, spares: int) -> "Study":
