@@ -191,21 +191,30 @@ class Highest:
 
 
 def highest_load(
-    study_at: Callable[[float], Study], name: str, head_rooms: Sequence[float] = HEAD_ROOMS, steps: int = 7
+    study_at: Callable[[float], Study], name: str, head_rooms: Sequence[float] = HEAD_ROOMS, steps: int = 4
 ) -> Highest:
     """The dual, for every policy the same: the best head-room's highest rate on `settings.max_gpus`."""
     found = [Highest(highest_rate(study_at, name, PolicySettings(head_room=h), steps), h) for h in head_rooms]
     return max(found, key=lambda hit: hit.multiple)
 
 
-def highest_rate(study_at: Callable[[float], Study], name: str, policy: PolicySettings, steps: int = 7) -> float:
-    """The highest rate that meets the objectives, by bisection. `study_at` gives the study at a multiple of its rate.
+_FIRST_MULTIPLE = 0.25
+_LAST_MULTIPLE = 1024.0
 
-    The answer is that multiple, up to 4 and a multiple of 4 / 2^steps.
+
+def highest_rate(study_at: Callable[[float], Study], name: str, policy: PolicySettings, steps: int = 4) -> float:
+    """The highest rate that meets the objectives, as a multiple. `study_at` gives the study at one; 0: none does.
+
+    Doubled until it fails, which is cheaper than to begin far above, where everything waits; then `steps` bisections.
     """
-    low, high = 0.0, 4.0
+
+    def met(multiple: float) -> bool:
+        return study_at(multiple).run(name, policy)[1].attainment >= ATTAINMENT
+
+    low, high = 0.0, _FIRST_MULTIPLE
+    while high < _LAST_MULTIPLE and met(high):
+        low, high = high, 2.0 * high
     for _ in range(steps):
         middle = (low + high) / 2
-        _, latency = study_at(middle).run(name, policy)
-        low, high = (middle, high) if latency.attainment >= ATTAINMENT else (low, middle)
+        low, high = (middle, high) if met(middle) else (low, middle)
     return low
