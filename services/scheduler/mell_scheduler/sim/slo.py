@@ -51,16 +51,20 @@ def measure(run: TimedRun, window: Window, rejected: int = 0) -> Latency:
     mean_prompt = sum(s.request.prompt_tokens for s in run.sequences) // max(1, len(run.sequences))
     done = [s for s in judged if s.finished_s is not None]
     met = [_met(s, run.settings, mean_prompt) for s in done]
-    count = max(1, len(judged) + rejected)
+    count = len(judged) + rejected
+
+    def share(attained: int) -> float:
+        return attained / count if count else 1.0
+
     ttfts = [s.first_token_s - s.arrival_s for s in done if s.first_token_s is not None]
     cut = windowed(run.series, window)
     samples = max(1, len(cut.gpus))
     return Latency(
-        attainment=sum(all(m) for m in met) / count,
-        ttft_attainment=sum(m[0] for m in met) / count,
-        tpot_attainment=sum(m[1] for m in met) / count,
-        gap_attainment=sum(m[2] for m in met) / count,
-        resume_attainment=sum(m[3] for m in met) / count,
+        attainment=share(sum(all(m) for m in met)),
+        ttft_attainment=share(sum(m[0] for m in met)),
+        tpot_attainment=share(sum(m[1] for m in met)),
+        gap_attainment=share(sum(m[2] for m in met)),
+        resume_attainment=share(sum(m[3] for m in met)),
         ttft_p50_s=percentile(ttfts, 0.5),
         ttft_p99_s=percentile(ttfts, 0.99),
         tpot_p50_s=percentile([s.tpot_s for s in done], 0.5),
