@@ -35,6 +35,7 @@ class Intake:
     ) -> tuple[int, dict[str, tuple[int, int]]]:
         """Update, adopt or set aside each row; returns the blocks of this worker's records, and the stale copies."""
         model, limit = self._ledger.model_of(worker), self._settings.growth_limit_tokens
+        number, here = report.number, worker.sequences
         stale: dict[str, tuple[int, int]] = {}
         names: list[str] = []
         sizes: list[int] = []
@@ -42,12 +43,14 @@ class Intake:
         for sequence, generation, tokens, blocks in zip(
             report.sequences, report.generations, report.tokens, report.blocks, strict=True
         ):
-            record = self._holder(worker, sequence, generation, now_us)
-            if record is None:
-                stale[sequence] = (generation, blocks)
-                continue
-            gain = record.observe(report.number, tokens, blocks, limit)
-            names.append(sequence)
+            record = here.get(sequence)
+            if record is None or not record.continues(number, generation):
+                record = self._holder(worker, sequence, generation, now_us)
+                if record is None:
+                    stale[sequence] = (generation, blocks)
+                    continue
+            gain = record.observe(number, tokens, blocks, limit)
+            names.append(record.sequence)  # not the report's: the policy finds an id by identity, without comparing
             sizes.append(record.size_blocks)
             held_blocks += blocks
             if gain > 0:
