@@ -149,9 +149,9 @@ def test_messages_that_cannot_be_read_are_dropped() -> None:
             for data in (b"\xff\xff", b"0" * (8 * 2**20 + 1), encode(WorkerLeft(worker="w1.>", reason=""))):
                 await bus.publish(SUBJECTS.scheduler_events, data)
             await bus.publish(SUBJECTS.place, encode(place_request("nobody listens")))
-            await bus.publish(SUBJECTS.admin_status, encode(StatusRequest()))
+            await bus.publish(SUBJECTS.admin("status"), encode(StatusRequest()))
             with pytest.raises(RequestTimeoutError):
-                await bus.request(SUBJECTS.admin_status, b"\xff", 1.0)
+                await bus.request(SUBJECTS.admin("status"), b"\xff", 1.0)
             await asyncio.sleep(0.1)
             for fault, count in {"malformed": 2, "oversized": 1, "bad_id": 1, "no_reply_subject": 2}.items():
                 assert scheduler.metric("mell_scheduler_dropped_messages_total", fault=fault) == count

@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32Column, require_equal_lengths
+from mell_shared.messages.base import (
+    PROTOCOL_VERSION,
+    Generation,
+    Id,
+    Label,
+    Message,
+    Uint32Column,
+    require_equal_lengths,
+)
 from mell_shared.messages.sampling import FinishReason
 
 
@@ -26,6 +34,8 @@ class PlaceRequest(Message):
     priority: int = 0
     waited_s: float = Field(default=0.0, ge=0)
     excluded: tuple[Id, ...] = ()
+    request_id: Label = ""
+    """What the client and the frontend's log call the request (`x-request-id`)."""
 
 
 class Placed(Message):
