@@ -131,6 +131,13 @@ class MoveStatus(Message):
     prefill_s: float = 0.0
 
 
+class FailureCount(Message):
+    """How many moves failed for a reason."""
+
+    reason: str
+    count: int
+
+
 class SequenceStatus(Message):
     """One sequence in a status; `placed` is not confirmed by a report yet, `waiting` has no place."""
 
@@ -167,7 +174,7 @@ class Status(Message):
     """Under way."""
     recent_moves: tuple[MoveStatus, ...] = ()
     """Over, the latest first."""
-    failures: dict[str, int] = {}
+    failures: tuple[FailureCount, ...] = ()
     """Failed moves since this scheduler started, by reason."""
     sequences: tuple[SequenceStatus, ...] = ()
     sequences_left_out: int = 0
