@@ -30,6 +30,7 @@ from mell_scheduler.core.waiting import Waiting, WaitingQueue
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     Placed,
@@ -90,10 +91,8 @@ class SchedulerCore:
                 commands = self._joined(event)
             case WorkerLeft():
                 commands = self._left(event)
-            case MigrationCommitted():
-                commands = self._serve_if(self._migrations.committed(event, now_us))
-            case MigrationFailed():
-                commands = self._serve_if(self._migrations.failed(event, now_us))
+            case MigrationCommitted() | MigrationFailed() | LaneMeasured():
+                commands = self._heard_of_moving(event)
             case OperatorAsked():
                 heard_all = now_us >= self._heard_all_us
                 commands = self._operator.ask(event.handle, event.request, now_us, heard_all=heard_all)
@@ -107,6 +106,17 @@ class SchedulerCore:
                 commands = [AskReport(None)]
         settled, self.ledger.settled = self.ledger.settled, []
         return [*settled, *self._operator.settle(settled), *commands] if settled else commands
+
+    def _heard_of_moving(self, event: MigrationCommitted | MigrationFailed | LaneMeasured) -> list[Command]:
+        """A move has come out, or could be told better."""
+        match event:
+            case MigrationCommitted():
+                return self._serve_if(self._migrations.committed(event, self._now_us))
+            case MigrationFailed():
+                return self._serve_if(self._migrations.failed(event, self._now_us))
+            case LaneMeasured():
+                self._migrations.measured(event)
+                return []
 
     # --- workers
 

@@ -13,6 +13,7 @@ from mell_shared.messages.admin import (
 )
 from mell_shared.messages.base import MigrationMode
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     PlaceReply,
@@ -127,6 +128,7 @@ Event = (
     | SequenceFinished
     | MigrationCommitted
     | MigrationFailed
+    | LaneMeasured
     | Tick
 )
 
