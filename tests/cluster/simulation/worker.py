@@ -1,0 +1,159 @@
+"""A worker process: the real core over a real fake engine; its commands become messages and steps."""
+
+from typing import assert_never
+
+from mell_gpu_worker.core.commands import (
+    AskStatus,
+    Command,
+    Exit,
+    PublishEvent,
+    PublishTokens,
+    Reply,
+    RunStep,
+    SendEvicted,
+)
+from mell_gpu_worker.core.config import WorkerConfig
+from mell_gpu_worker.core.events import (
+    CommandReceived,
+    ConnectionLost,
+    ConnectionRestored,
+    EngineFailed,
+    Event,
+    EvictionAnswered,
+    EvictionUnanswered,
+    StatusAnswered,
+    StatusUnanswered,
+    StepFinished,
+    StopRequested,
+    TimePassed,
+)
+from mell_gpu_worker.core.step import StepResult
+from mell_gpu_worker.core.worker import WorkerCore
+from mell_shared.messages.frontend import FRONTEND_REPLY, EvictionTaken, Refused, StreamStatusReply
+from mell_shared.messages.worker import WORKER_COMMAND, WorkerCommand
+from mell_shared.subjects import Subjects
+from tests.cluster.simulation.clock import LocalClock
+from tests.cluster.simulation.judge import Judge
+from tests.cluster.simulation.network import Network
+from tests.cluster.simulation.process import Process
+from tests.gpu_worker.core.worlds import fake_engine
+
+FRONTEND_TIMEOUT_US = 1_000_000
+SHORTEST_SLEEP_US = 1_000
+LONGEST_SLEEP_US = 100_000
+"""As in the real shell."""
+
+
+class WorkerProcess(Process):
+    """One incarnation of a worker. `step_us`: what a step takes, beside what each of its tokens takes."""
+
+    def __init__(  # noqa: PLR0913
+        self, node: str, clock: LocalClock, network: Network, judge: Judge, config: WorkerConfig, step_us: int
+    ) -> None:
+        super().__init__(node, config.spec.worker, clock)
+        self.network = network
+        self.judge = judge
+        self.engine = fake_engine(config.spec.kv_blocks, config.spec.block_tokens)
+        self.core = WorkerCore(config, clock.now_us())
+        self.slowness = 1
+        self.engine_broken = False
+        self.exited = False
+        self._step_us = step_us
+        self._steps = 0
+        self._subjects = Subjects()
+
+    def start(self) -> None:
+        """Join the broker and begin to live."""
+        self.network.connect(self)
+        for subject in (self._subjects.worker_commands(self.name), self._subjects.all_workers):
+            self.network.listen(self, subject, WORKER_COMMAND, self._commanded)
+        self._pass_time()
+
+    def ask_to_stop(self) -> None:
+        """Hand over a SIGTERM."""
+        self.take(lambda: self.handle(StopRequested()))
+
+    def connection_lost(self) -> None:
+        """The connection to the broker is down."""
+        self.handle(ConnectionLost())
+
+    def connection_restored(self) -> None:
+        """It is up again."""
+        self.handle(ConnectionRestored())
+
+    def handle(self, event: Event) -> None:
+        """Give the core an event and do what it wants."""
+        if self.exited:
+            return
+        commands = self.core.handle(event, self.clock.now_us())
+        self.judge.saw(self.name, event, commands)
+        self.core.check()
+        for command in commands:
+            self._perform(command)
+
+    def _pass_time(self) -> None:
+        self.handle(TimePassed())
+        sleep_us = self.core.wake_us - self.clock.now_us()
+        self.after(min(max(sleep_us, SHORTEST_SLEEP_US), LONGEST_SLEEP_US), self._pass_time)
+
+    def _commanded(self, command: WorkerCommand, reply_to: str) -> None:
+        self.handle(CommandReceived(command, reply_to))
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case RunStep():
+                self._run(command)
+            case PublishTokens(frontend, tokens):
+                self.judge.published(self.name, tokens)
+                self.network.publish(self, self._subjects.frontend_tokens(frontend), tokens)
+            case PublishEvent(event):
+                self.network.publish(self, self._subjects.scheduler_events, event)
+            case Reply(reply_to, reply):
+                self.network.publish(self, reply_to, reply)
+            case AskStatus():
+                self._ask_status(command)
+            case SendEvicted():
+                self._send_evicted(command)
+            case Exit():
+                self.exited = True
+                self.alive = False
+                self.network.forget(self)
+            case _:
+                assert_never(command)
+
+    def _run(self, command: RunStep) -> None:
+        self.judge.step_began(self, command.rows)
+        tokens = sum(row.count for row in command.rows)
+        took_us = (self._step_us + tokens * self._step_us // 20) * self.slowness
+        self._steps += 1
+        # What a step reads and writes may happen at any time during it: here at its end or its beginning, in turn.
+        early = self.engine.execute(command.rows) if self._steps % 2 else None
+
+        def finish() -> None:
+            if self.engine_broken:
+                self.handle(EngineFailed("the device is gone"))
+                return
+            result = early or self.engine.execute(command.rows)
+            self.handle(StepFinished(StepResult(result.sampled, took_us, result.failed)))
+
+        self.after(took_us, finish)
+
+    def _ask_status(self, command: AskStatus) -> None:
+        def answered(reply: object) -> None:
+            if isinstance(reply, StreamStatusReply):
+                self.handle(StatusAnswered(command.frontend, command.message, reply))
+            else:
+                self.handle(StatusUnanswered(command.frontend))
+
+        subject = self._subjects.frontend_control(command.frontend)
+        self.network.request(self, subject, command.message, FRONTEND_REPLY, FRONTEND_TIMEOUT_US, answered)
+
+    def _send_evicted(self, command: SendEvicted) -> None:
+        key = (command.message.sequence, command.message.generation)
+
+        def answered(reply: object) -> None:
+            known = isinstance(reply, EvictionTaken | Refused)
+            self.handle(EvictionAnswered(*key) if known else EvictionUnanswered(*key))
+
+        subject = self._subjects.frontend_control(command.frontend)
+        self.network.request(self, subject, command.message, FRONTEND_REPLY, FRONTEND_TIMEOUT_US, answered)
