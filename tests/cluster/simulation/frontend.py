@@ -95,7 +95,7 @@ class FrontendProcess(Process):
         self.judge.saw(self.name, event, commands)
         self.core.check()
         for command in commands:
-            self._perform(command)
+            self._perform(command, event)
 
     def _got_tokens(self, message: TokensGenerated, reply_to: str) -> None:
         self.handle(TokensArrived(message))
@@ -105,10 +105,10 @@ class FrontendProcess(Process):
             self._claims[reply_to] = message
         self.handle(ControlArrived(reply_to, message))
 
-    def _perform(self, command: Command) -> None:
+    def _perform(self, command: Command, cause: Event) -> None:
         match command:
             case DeliverTokens():
-                self.judge.delivered(command)
+                self.judge.delivered(command, cause)
             case FailSequence():
                 self.judge.failed(command)
             case TellWaiting(sequence):

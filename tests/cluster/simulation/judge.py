@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mell_frontend.generation import SequenceRequest
 from mell_frontend.stream.commands import DeliverTokens, FailSequence
+from mell_frontend.stream.events import TokensArrived
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.frontend import Claim, FrontendReply, Granted, TokensGenerated
@@ -38,6 +39,8 @@ class Judge:
         self.story = Story(queue)
         self._longest_tokens = longest_tokens
         self._owners: dict[tuple[str, int], str] = {}
+        self._latest: dict[str, int] = {}
+        """The last generation that was given to anybody."""
         self._publishers: dict[tuple[str, int], str] = {}
 
     def saw(self, process: str, event: object, commands: object) -> None:
@@ -58,8 +61,10 @@ class Judge:
         reader = self.readers[sequence]
         reader.end = reader.end or why
 
-    def delivered(self, command: DeliverTokens) -> None:
-        """Check what a reader gets."""
+    def delivered(self, command: DeliverTokens, cause: object) -> None:
+        """Check what a reader gets, and whom it comes from."""
+        if isinstance(cause, TokensArrived):
+            self._check_owner(command.sequence, cause.message)
         reader = self.readers[command.sequence]
         assert not reader.end, f"{command.sequence} gets something after its end ({reader.end})"
         first = len(reader.ids)
@@ -73,6 +78,13 @@ class Judge:
         if command.finish_reason is not None:
             self._check_end(reader, command.finish_reason)
             reader.end = command.finish_reason
+
+    def _check_owner(self, sequence: str, message: TokensGenerated) -> None:
+        generation = message.generations[message.sequences.index(sequence)]
+        latest = self._latest[sequence]
+        assert generation == latest, f"{sequence} gets tokens of generation {generation}, it is in {latest}"
+        owner = self._owners[sequence, generation]
+        assert owner == message.worker, f"{sequence} gets tokens from {message.worker}, it belongs to {owner}"
 
     def _check_end(self, reader: Reader, reason: str) -> None:
         name = reader.request.sequence
@@ -116,6 +128,8 @@ class Judge:
     def _own(self, sequence: str, generation: int, worker: str) -> None:
         before = self._owners.setdefault((sequence, generation), worker)
         assert before == worker, f"generation {generation} of {sequence} belongs to {before} and to {worker}"
+        assert generation >= self._latest.get(sequence, 0), f"{sequence} goes back to generation {generation}"
+        self._latest[sequence] = generation
 
     # --- workers
 
