@@ -52,6 +52,15 @@ class Subjects:
         """Commands for every worker at once (`Report` from a new leader); published."""
         return f"{self.prefix}.workers"
 
+    @property
+    def all_lanes(self) -> str:
+        """Greetings of new workers to all others, which may measure the lane to them; published."""
+        return f"{self.prefix}.workers.lanes"
+
+    def worker_lanes(self, worker: str) -> str:
+        """Requests to measure the lane to one worker incarnation; request/reply."""
+        return f"{self.prefix}.worker.{worker}.lanes"
+
     def frontend_tokens(self, frontend: str) -> str:
         """Generated tokens for one frontend; published, one message per engine step."""
         return f"{self.prefix}.frontend.{frontend}.tokens"

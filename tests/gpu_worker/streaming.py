@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from mell_gpu_worker.engine.base import Engine
 from mell_gpu_worker.engine_runner import EngineRunner, EngineThread
-from mell_gpu_worker.service import WorkerService, core_config
+from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.worker_config import core_config
 from mell_shared.bus import Bus, Delivery, NoResponderError, RequestTimeoutError
 from mell_shared.clock import Clock
 from mell_shared.codec import decode, encode
@@ -162,9 +164,7 @@ async def running_worker(
     service = WorkerService(
         core_config(settings, "w1", engine.spec),
         EngineRunner(engine, thread, settings.step_timeout_s),
-        bus,
-        SUBJECTS,
-        clock,
+        Surroundings(bus=bus, subjects=SUBJECTS, clock=clock),
     )
     stop = asyncio.Event()
     task = asyncio.create_task(service.run(stop))

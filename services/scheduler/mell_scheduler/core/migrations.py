@@ -2,13 +2,13 @@
 
 from math import lcm
 
-from mell_scheduler.core.boundaries import Boundaries, link_in, link_out
+from mell_scheduler.core.boundaries import Boundaries
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.records import Migration, SequenceRecord
 from mell_scheduler.core.values import Command, CoreSettings, StartMigration
 from mell_scheduler.policy.base import Move, Policy
 from mell_scheduler.policy.transfer import Candidate, Mode, Transfer, divide
-from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed
+from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, MigrationFailed
 from mell_shared.messages.worker import Migrate, MigrationReason
 
 _ABOUT_THE_PAIR = ("unsupported", "unreachable", "link", "corrupt", "timeout")
@@ -64,7 +64,7 @@ class Migrations:
             move,
             tokens=max(1, record.tokens),
             bytes_per_token=record.worker.spec.kv_bytes_per_token or self._settings.kv_bytes_per_token,
-            links=(link_out(move.source), link_in(move.target)),
+            links=self._boundaries.links(move.source, move.target),
             modes=frozenset(mode for mode in Mode if mode.value in record.worker.modes),
         )
 
@@ -128,6 +128,10 @@ class Migrations:
             self._rest(record.migration, now_us)
             self._ledger.call_off(record, "timeout", "nothing was heard of it")
         return [record.worker.spec.model for record in late]
+
+    def measured(self, event: LaneMeasured) -> None:
+        """Two workers have measured the lane between them."""
+        self._boundaries.measured(event)
 
     # --- pairs of workers that could not
 

@@ -28,6 +28,7 @@ from mell_scheduler.core.waiting import Waiting, WaitingQueue
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     Placed,
@@ -85,6 +86,9 @@ class SchedulerCore:
                 commands = self._serve_if(self._migrations.committed(event, now_us))
             case MigrationFailed():
                 commands = self._serve_if(self._migrations.failed(event, now_us))
+            case LaneMeasured():
+                self._migrations.measured(event)
+                commands = []
             case LeadershipTaken():
                 self._migrations.term = event.term
                 commands = [AskReport(None)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     PlaceReply,
@@ -104,6 +105,7 @@ Event = (
     | SequenceFinished
     | MigrationCommitted
     | MigrationFailed
+    | LaneMeasured
     | Tick
 )
 

@@ -180,10 +180,12 @@ class RateEstimate:
     per_s: float
     weight: float = 0.2
     """Of each observation."""
+    least: int = 1
+    """Smaller amounts say nothing: what they took is latency."""
 
     def observe(self, amount: int, took_us: int) -> None:
-        """A transfer or prefill of `amount` took this long; too short ones say nothing."""
-        if took_us > 0 and amount > 0:
+        """A transfer or prefill of `amount` took this long."""
+        if took_us > 0 and amount >= self.least:
             self.per_s += self.weight * (amount * 1e6 / took_us - self.per_s)
 
     def budget(self, limit_us: int) -> int:
@@ -201,3 +203,7 @@ class PrefillProfile:
     def rate_at(self, batch: int) -> float:
         """The rate at the next greater batch that was measured; beyond the last one, none."""
         return next((rate for measured, rate in self.tokens_per_s if batch <= measured), 0.0)
+
+    def batch_at(self, batch: int) -> int:
+        """The next greater batch that was measured; 0 beyond the last one."""
+        return next((measured for measured, _ in self.tokens_per_s if batch <= measured), 0)
