@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mell_shared.messages.base import MigrationMode
 from tests.cluster.simulation.chance import Chance
 from tests.cluster.simulation.clock import SECOND_US
 
@@ -100,7 +101,40 @@ class TwoLeaders:
     for_us: int
 
 
-Fault = Crash | Stop | EngineBreak | Drain | Pause | Slowness | Weather | Partition | BrokerGone | TwoLeaders
+@dataclass(frozen=True, slots=True)
+class Shove:
+    """A scheduler orders a move that no policy would plan: any sequence, any target, perhaps of an old generation."""
+
+    at_us: int
+    source: int
+    """Which worker, and which of its sequences: counted round and round."""
+    sequence: int
+    target: int
+    mode: MigrationMode
+    split_blocks: int
+    stale: bool
+    for_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCut:
+    """All KV transfers of a worker break off."""
+
+    at_us: int
+    node: str
+    for_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """The next blocks that a worker sends are damaged on their way."""
+
+    at_us: int
+    node: str
+    for_us: int = 0
+
+
+Fault = Crash | Stop | EngineBreak | Drain | Pause | Slowness | Weather | Partition | BrokerGone | TwoLeaders | Shove | LinkCut | Corruption
 
 
 def end_us(fault: Fault) -> int:
@@ -109,9 +143,10 @@ def end_us(fault: Fault) -> int:
 
 
 def draw_faults(chance: Chance, nodes: list[str], horizon_us: int) -> list[Fault]:
-    """Return none to ten faults, in order of time; all are over soon after `horizon_us`."""
+    """Return none to ten faults and up to thirty orders to move, in order of time; over soon after `horizon_us`."""
     count = chance.between(0, 10, "faults")
     faults = [_draw(chance, nodes, horizon_us, number) for number in range(count)]
+    faults += [_shove(chance, horizon_us, number) for number in range(chance.between(0, 30, "shoves"))]
     return sorted(faults, key=lambda fault: fault.at_us)
 
 
@@ -126,7 +161,7 @@ def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fau
     at_us = between(0, horizon_us, "at")
     back_us = between(SECOND_US // 10, 4 * SECOND_US, "back")
     for_us = between(SECOND_US // 10, 7 * SECOND_US, "for")
-    match between(0, 15, "kind"):
+    match between(0, 19, "kind"):
         case 0 | 1 | 2:
             return Crash(at_us, pick(nodes, "node"), back_us, quietly=bool(between(0, 1, "quietly")))
         case 3:
@@ -149,5 +184,25 @@ def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fau
             return Partition(at_us, for_us, one, other)
         case 14:
             return BrokerGone(at_us, between(SECOND_US // 5, 5 * SECOND_US, "gone"))
-        case _:
+        case 15:
             return TwoLeaders(at_us, for_us)
+        case 16 | 17:
+            return LinkCut(at_us, pick(workers, "node"))
+        case _:
+            return Corruption(at_us, pick(workers, "node"))
+
+
+def _shove(chance: Chance, horizon_us: int, number: int) -> Shove:
+    def between(low: int, high: int, what: str) -> int:
+        return chance.between(low, high, "shove", number, what)
+
+    modes: tuple[MigrationMode, ...] = ("kv", "tokens", "hybrid")
+    return Shove(
+        at_us=between(3 * SECOND_US, horizon_us + SECOND_US, "at"),
+        source=between(0, 59, "source"),
+        sequence=between(0, 59, "sequence"),
+        target=between(0, 59, "target"),
+        mode=modes[between(0, 2, "mode")],
+        split_blocks=between(1, 6, "split"),
+        stale=between(0, 9, "stale") == 0,
+    )

@@ -148,22 +148,29 @@ class Judge:
             assert ids == expected, f"{worker} makes {ids} of {name} at index {index}, expected {expected}"
             first += count
 
-    def step_began(self, worker: "WorkerProcess", rows: tuple[StepRow, ...]) -> None:
-        """Check that a step stays within the worker's limits and writes to nobody else's block."""
+    def step_began(self, worker: "WorkerProcess", rows: tuple[StepRow, ...]) -> frozenset[int]:
+        """Check that a step stays within the worker's limits; returns the blocks that it writes to."""
         config = worker.core.config
-        running = worker.core.batcher.running
-        assert len(running) <= config.spec.max_sequences, f"{worker.name} runs {len(running)} sequences"
+        held = len(worker.core.batcher.running) + len(worker.core.batcher.arriving)
+        assert held <= config.spec.max_sequences, f"{worker.name} holds {held} sequences"
         assert sum(row.count for row in rows) <= config.max_step_tokens, f"{worker.name} is over its token budget"
+        return frozenset(self._check_writers(worker, rows))
+
+    def step_ends(self, worker: "WorkerProcess", rows: tuple[StepRow, ...]) -> None:
+        """Check that what the step wrote to was not given to anybody else meanwhile."""
+        self._check_writers(worker, rows)
+
+    def _check_writers(self, worker: "WorkerProcess", rows: tuple[StepRow, ...]) -> dict[int, str]:
+        """Return who writes to which block; nobody writes to somebody else's, nor to one that is free."""
+        batcher, size = worker.core.batcher, worker.core.config.spec.block_tokens
         writers: dict[int, str] = {}
         for row in rows:
-            for place in range(row.start // config.spec.block_tokens, _blocks(row, config.spec.block_tokens)):
+            for place in range(row.start // size, -(-(row.start + row.count) // size)):
                 block = row.block_table[place]
                 assert writers.setdefault(block, row.sequence) == row.sequence, f"block {block} has two writers"
-        for sequence in running:
+                assert batcher.pool.references(block), f"{row.sequence} writes to block {block}, which is free"
+        for sequence in (*batcher.running, *batcher.arriving):
             for block in sequence.blocks:
                 writer = writers.get(block, sequence.sequence)
                 assert writer == sequence.sequence, f"{writer} writes block {block} of {sequence.sequence}"
-
-
-def _blocks(row: StepRow, block_tokens: int) -> int:
-    return -(-(row.start + row.count) // block_tokens)
+        return writers

@@ -98,7 +98,9 @@ def _wish(chance: Chance, number: int, frontends: tuple[str, ...]) -> Wish:
     # A few beginnings are shared, so that prefix caches have something to share.
     beginning = between(0, 2, "beginning")
     shared = [chance.between(97, 122, "beginning", beginning, place) for place in range(between(0, 24, "shared"))]
-    own = [between(97, 122, f"own {place}") for place in range(between(1, 30, "own"))]
+    # Two letters only, for some: equal blocks after different beginnings.
+    letters = between(98, 122, "letters") if chance.happens(0.6, name, "varied") else 98
+    own = [between(97, letters, f"own {place}") for place in range(between(1, 30, "own"))]
     sampling = SamplingParams(
         seed=between(0, 1 << 40, "seed"),
         choice=between(0, 2, "choice"),

@@ -23,7 +23,7 @@ from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import SchedulerSettings
 from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT, MigrationFailed, PlaceRequest, SchedulerEvent
-from mell_shared.messages.worker import WORKER_REPLY, Drain, MigrateAccepted, MigrateRefused, Report, Undrain
+from mell_shared.messages.worker import WORKER_REPLY, Drain, Migrate, MigrateAccepted, MigrateRefused, Report, Undrain
 from mell_shared.subjects import Subjects
 from tests.cluster.simulation.clock import LocalClock
 from tests.cluster.simulation.judge import Judge
@@ -70,6 +70,10 @@ class SchedulerProcess(Process):
         """Carry out an operator's order: drain a worker, or take it back when it is `over`."""
         order: Message = Undrain(term=self.term) if over else Drain(term=self.term, deadline_s=deadline_s)
         self._send(self._subjects.worker_commands(worker), order)
+
+    def shove(self, worker: str, order: Migrate) -> None:
+        """Order a move behind the core's back."""
+        self.network.request(self, self._subjects.worker_commands(worker), order, WORKER_REPLY, 1, lambda _: None)
 
     def connection_restored(self) -> None:
         """The connection to the broker is up again."""

@@ -4,17 +4,21 @@ from functools import partial
 from typing import assert_never
 
 from mell_scheduler.settings import SchedulerSettings
+from mell_shared.messages.worker import Migrate
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
 from tests.cluster.simulation.chance import Chance
 from tests.cluster.simulation.clock import SECOND_US, EventQueue, LocalClock
 from tests.cluster.simulation.faults import (
     BrokerGone,
+    Corruption,
     Crash,
     Drain,
     EngineBreak,
     Fault,
+    LinkCut,
     Partition,
     Pause,
+    Shove,
     Slowness,
     Stop,
     TwoLeaders,
@@ -24,6 +28,7 @@ from tests.cluster.simulation.faults import (
 from tests.cluster.simulation.frontend import FrontendProcess
 from tests.cluster.simulation.judge import Judge
 from tests.cluster.simulation.lease_store import LeaseStore
+from tests.cluster.simulation.links import Links
 from tests.cluster.simulation.network import Network
 from tests.cluster.simulation.process import Process
 from tests.cluster.simulation.scenario import HORIZON_US, Scenario, Wish, WorkerShape
@@ -48,6 +53,7 @@ class Simulation:
         self.queue = EventQueue()
         self.chance = Chance(scenario.seed)
         self.network = Network(self.queue, self.chance)
+        self.links = Links(self.queue, self.chance, self.network.conditions)
         longest = max(min(s.max_model_len, s.kv_blocks * 4) for s in scenario.workers)
         self.judge = Judge(self.queue, longest)
         self.processes: dict[str, Process] = {}
@@ -55,6 +61,7 @@ class Simulation:
         self._store = LeaseStore(self.queue)
         self._shapes = {shape.node: shape for shape in scenario.workers}
         self._incarnations: dict[str, int] = {}
+        self._shoves = 0
         self._settings = SchedulerSettings(policy=scenario.policy, cooldown_epochs=2)
 
     def run(self) -> None:
@@ -99,14 +106,17 @@ class Simulation:
             worker=name, name=shape.node, host=shape.node, model=FAKE_MODEL, kv_blocks=shape.kv_blocks,
             max_model_len=shape.max_model_len, max_sequences=shape.max_sequences, vocab_size=FAKE_VOCAB_SIZE,
             eos_token_ids=(FAKE_EOS_ID,), max_step_tokens=shape.max_step_tokens, prefix_cache=shape.prefix_cache,
+            migration_modes=("kv", "tokens", "hybrid"),
         )  # fmt: skip
-        return WorkerProcess(shape.node, clock, self.network, self.judge, config, shape.step_us)
+        return WorkerProcess(shape.node, clock, self.network, self.links, self.judge, config, shape.step_us)
 
     def _die(self, node: str, *, quietly: bool, back_us: int) -> None:
         process = self.processes[node]
         process.die()
         if isinstance(process, FrontendProcess):
             self._lose_readers(process.node)
+        if isinstance(process, WorkerProcess):
+            self.links.die(process)
         self.queue.after(_GHOST_US if quietly else 0, partial(self.network.forget, process))
         self.queue.after(back_us, partial(self._start, node))
 
@@ -152,6 +162,12 @@ class Simulation:
                 self._disturb(fault)
             case TwoLeaders():
                 self._double_leaders(fault)
+            case Shove():
+                self._shove(fault)
+            case LinkCut(_, node):
+                self.links.cut(node)
+            case Corruption(_, node):
+                self.links.corrupting.add(node)
             case _:
                 assert_never(fault)
 
@@ -190,6 +206,28 @@ class Simulation:
         for leader in leaders:
             leader.take(partial(leader.drain, self.processes[fault.node].name, fault.deadline_s, over=over))
 
+    def _shove(self, fault: Shove) -> None:
+        workers = [p for p in self.processes.values() if isinstance(p, WorkerProcess) and p.alive]
+        leaders = [p for p in self.processes.values() if isinstance(p, SchedulerProcess) and p.alive and p.core]
+        loaded = [worker for worker in workers if worker.core.batcher.running]
+        if not loaded or not leaders:
+            return
+        source = loaded[fault.source % len(loaded)]
+        running = source.core.batcher.running
+        sequence = running[fault.sequence % len(running)]
+        self._shoves += 1
+        order = Migrate(
+            migration=f"shove-{self._shoves}",
+            sequence=sequence.sequence,
+            generation=max(1, sequence.generation - fault.stale),
+            target=workers[fault.target % len(workers)].name,
+            mode=fault.mode,
+            split_tokens=4 * fault.split_blocks if fault.mode == "hybrid" else 0,
+            reason="manual",
+            term=leaders[0].term,
+        )
+        leaders[0].take(partial(leaders[0].shove, source.name, order))
+
     def _pause(self, fault: Pause) -> None:
         process = self.processes[fault.node]
         if not process.alive or process.paused:
@@ -216,6 +254,7 @@ class Simulation:
                 conditions.loss, conditions.repeat, conditions.delay_us = loss, repeat, delay_us
             case Partition(_, _, one, other):
                 conditions.apart.append(frozenset((one, other)))
+                self.links.cut(one, other)
             case BrokerGone():
                 if not conditions.broker_up:
                     return
@@ -248,6 +287,10 @@ class Simulation:
     def unrest(self) -> list[str]:
         """Return what is not at rest."""
         found = [f"{name} has not ended" for name, reader in self.judge.readers.items() if not reader.end]
+        alive = {process.name for process in self.processes.values() if process.alive}
+        for process in self.processes.values():
+            if isinstance(process, SchedulerProcess) and process.core is not None:
+                found += [f"{process.node}: knows {w}" for w in process.core.ledger.workers if w not in alive]
         for node, process in self.processes.items():
             found += [f"{node}: {what}" for what in _unrest(process)]
         return found
@@ -258,12 +301,16 @@ def _unrest(process: Process) -> list[str]:
         return ["is not back"]
     match process:
         case WorkerProcess(core=core):
-            held = [f"keeps {len(core.streams)} streams"] if len(core.streams) else []
-            used = core.batcher.pool.used_blocks
-            return held + ([f"holds {used} blocks"] if used else [])
+            counts = {
+                "streams": len(core.streams),
+                "blocks": core.batcher.pool.used_blocks,
+                "moves": int(bool(core.moves)),
+                "transfers": int(process.links.lent(process)),
+            }
+            return [f"keeps {count} {what}" for what, count in counts.items() if count]
         case FrontendProcess(core=core):
             return [f"has {core.open_sequences} open sequences"] if core.open_sequences else []
         case SchedulerProcess(core=core) if core is not None:
             counts = {"queued": len(core.waiting), "charged": len(core.ledger.sequences), "moving": len(core.ledger.moving)}
-            return [f"{count} are {what}" for what, count in counts.items() if count]
+            return [f"{count} sequences are {what}" for what, count in counts.items() if count]
     return []
