@@ -60,7 +60,7 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
     keys = _read_keys(settings)
     with _listen(settings.host, settings.port) as listener:
         models = await asyncio.to_thread(_load_models, settings)
-        bus = await NatsBus.connect(settings.nats_url, name=frontend)
+        bus = await NatsBus.connect(settings.nats_url, name=frontend, access=settings.broker_access("frontend"))
         try:
             core = FrontendCore(frontend, stream_limits(settings))
             timeouts = Timeouts(place_s=settings.place_reply_s, submit_s=settings.submit_reply_s)
