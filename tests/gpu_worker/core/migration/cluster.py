@@ -333,12 +333,13 @@ class Cluster:
         """Let things happen until a client has so many tokens."""
         self.run_until(lambda: len(self.readers[name].ids) >= count or self.readers[name].done)
 
-    def finish(self) -> None:
-        """Let every client be served to the end, and everything settle; check all that must hold then."""
+    def finish(self, *, failures: bool = False) -> None:
+        """Let every client be served to the end (or given up, if so), and everything settle; check what must hold."""
         over = self.network.dead.__contains__
         self.run_until(lambda: over(FRONTEND) or all(reader.done for reader in self.readers.values()))
         for reader in self.readers.values():
             self.check_text(reader)
+            assert failures or reader.failure is None, reader.failure
         self.run_until(lambda: all(self._quiet(node) for node in self._alive), limit_us=90 * SECOND_US)
         self.check_empty()
 
@@ -354,13 +355,12 @@ class Cluster:
 
     @staticmethod
     def check_text(reader: Reader) -> None:
-        """A client got exactly the text that nobody ever moved would have got."""
-        assert reader.failure is None, reader.failure
+        """A client got exactly the text that nobody ever moved would have got, as far as it is."""
         request = reader.request
         limit = request.sampling.max_tokens or 1_000
         expected = expected_output(request.prompt_ids, request.sampling, limit)
         assert reader.ids == expected[: len(reader.ids)], "the text is another one"
-        assert len(reader.ids) == len(expected) or not reader.done, "the text is not complete"
+        assert len(reader.ids) == len(expected) or reader.finish is None, "the text is not complete"
         if request.sampling.logprobs is not None:
             assert len(reader.logprobs) == len(reader.ids), "log-probabilities are missing"
             if request.sampling.logprobs:
