@@ -118,7 +118,11 @@ class Simulation:
         if isinstance(process, WorkerProcess):
             self.links.die(process)
         self.queue.after(_GHOST_US if quietly else 0, partial(self.network.forget, process))
-        self.queue.after(back_us, partial(self._start, node))
+        self.queue.after(back_us, partial(self._start_again, process))
+
+    def _start_again(self, process: Process) -> None:
+        if self.processes[process.node] is process:
+            self._start(process.node)
 
     def _lose_readers(self, node: str) -> None:
         for name, reader in self.judge.readers.items():
@@ -186,7 +190,7 @@ class Simulation:
         if self.processes[process.node] is not process or (not process.alive and not process.exited):
             return  # it crashed meanwhile
         if process.exited:
-            self.queue.after(back_us, partial(self._start, process.node))
+            self.queue.after(back_us, partial(self._start_again, process))
         else:
             self.queue.after(SECOND_US // 10, partial(self._restart_when_gone, process, back_us))
 
