@@ -33,7 +33,7 @@ def test_help_needs_no_service_and_no_extra() -> None:
     assert not heavy & loaded
 
 
-@pytest.mark.parametrize("command", ["up", "serve", "simulate", "model", "status", "doctor", "bench", "version"])
+@pytest.mark.parametrize("command", ["up", "serve", "simulate", "model", "status", "doctor", "bench", "key", "version"])
 def test_help_lists_every_command(command: str) -> None:
     """A user finds all commands from `mell --help`."""
     code, text = run("--help")
@@ -53,6 +53,7 @@ def test_help_lists_every_command(command: str) -> None:
         (["status"], "--json"),
         (["doctor"], "--json"),
         (["model", "pull"], "NAME"),
+        (["key"], "--tokens-per-minute"),
     ],
 )
 def test_each_command_shows_its_settings(arguments: list[str], words: str) -> None:

@@ -85,6 +85,18 @@ def doctor(
     raise typer.Exit(load("mell_console.doctor.command", "all").run(port, as_json=as_json))
 
 
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="What logs and errors call the key: letters, digits, `_`, `.`, `-`.")],
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Limit of this key; default: the general one.")
+    ] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="The same in tokens, prompt and output.")] = None,
+) -> None:
+    """Make an API key: `mell key team-a >> keys.toml`, then MELL_API_KEYS_FILE=keys.toml at the frontend."""
+    raise typer.Exit(load("mell_console.key", "console").run(name, requests_per_minute, tokens_per_minute))
+
+
 @model.command()
 def pull(
     name: Annotated[str, typer.Argument(help="smollm2-135m, a hub id such as org/name, or a folder.")],

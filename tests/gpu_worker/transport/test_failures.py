@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from mell_gpu_worker.transport.base import DeadlineError, LinkLostError, RefusedError, TransportError
+from mell_gpu_worker.transport.base import DeadlineError, LinkLostError, RefusedError, Round, TransportError
 from tests.gpu_worker.transport.peer import LONG_S, pattern
 from tests.gpu_worker.transport.stage import OtherWorker, Stage, descriptors, eventually
 
@@ -133,13 +133,20 @@ class Leaving:
         await self.outgoing.send(self.sent[:1], LONG_S)
         return other
 
+    async def under_way(self, other: OtherWorker) -> "asyncio.Task[Round]":
+        """Return a round in mid-transfer: its target stands still, so it cannot end however fast the link is."""
+        await other.stop()
+        sending = asyncio.create_task(self.outgoing.send(self.sent[1:], LONG_S))
+        await asyncio.sleep(0.005)
+        assert not sending.done()
+        return sending
+
 
 async def test_a_target_killed_in_mid_transfer(stage: Stage) -> None:
     """A target that dies fails the round at once, and every later one."""
     leaving = Leaving(stage)
     other = await leaving.begin()
-    sending = asyncio.create_task(leaving.outgoing.send(leaving.sent[1:], LONG_S))
-    await asyncio.sleep(0.005)
+    sending = await leaving.under_way(other)
     other.kill()
     with pytest.raises(LinkLostError):
         await sending
@@ -173,11 +180,11 @@ async def test_a_send_cancelled_in_mid_transfer(stage: Stage) -> None:
     leaving = Leaving(stage)
     other = await leaving.begin()
     assert (await other.ask(receive=True))["slots"] == [0]
-    sending = asyncio.create_task(leaving.outgoing.send(leaving.sent[1:], LONG_S))
-    await asyncio.sleep(0.005)
+    sending = await leaving.under_way(other)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
+    other.go_on()
     with pytest.raises(LinkLostError, match="cancelled"):
         await leaving.outgoing.send(leaving.sent[1:2], LONG_S)
     assert (await other.ask(receive=True))["error"] == "LinkLostError"
@@ -200,9 +207,7 @@ async def test_a_receive_cancelled(stage: Stage) -> None:
 async def test_closing_the_transport_ends_all_it_has(stage: Stage) -> None:
     """Closing a worker's transport ends its transfers both ways, mid-round, and its offers."""
     leaving = Leaving(stage)
-    await leaving.begin()
-    sending = asyncio.create_task(leaving.outgoing.send(leaving.sent[1:], LONG_S))
-    await asyncio.sleep(0)
+    sending = await leaving.under_way(await leaving.begin())
     await leaving.source.close()
     with pytest.raises(LinkLostError):
         await sending

@@ -3,7 +3,7 @@
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.records import SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings
-from mell_scheduler.policy.base import Item, Policy
+from mell_scheduler.policy.base import Policy
 from mell_shared.messages.scheduler import WorkerReport
 
 
@@ -83,13 +83,16 @@ class Intake:
             if record.pending_until_us is not None:
                 del self._ledger.pending[sequence]
             return record
-        return None if record is not None else self._adopt(worker, sequence, generation)
+        return None if record is not None else self._ledger.adopt(worker, sequence, generation)
 
     def _found_elsewhere(self, record: SequenceRecord, worker: WorkerRecord, generation: int, now_us: int) -> None:
         """A worker reports a newer generation: the move there is done, or somebody submitted it again."""
         migration = record.migration
         if migration is None or migration.target != worker.worker_id:
             self._ledger.supersede(record)
+            self._ledger.adopt(worker, record.sequence, generation)
+            # Most likely a move that was given up here, and came to its end all the same.
+            self._policy.rest(record.sequence)
             return
         source, old = record.worker, (record.generation, record.blocks)
         shared_blocks = source.shared_blocks
@@ -97,18 +100,12 @@ class Intake:
         source.stale[record.sequence] = old  # it may not know yet; its next report tells
         self._ledger.raise_other(source, old[1] - (shared_blocks - source.shared_blocks))
 
-    def _adopt(self, worker: WorkerRecord, sequence: str, generation: int) -> SequenceRecord:
-        record = SequenceRecord(sequence, generation, worker, self._ledger.model_of(worker).growth_tokens)
-        self._ledger.sequences[sequence] = worker.sequences[sequence] = record
-        self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
-        return record
-
     def _forget_missing(self, worker: WorkerRecord, now_us: int) -> None:
         """What the last report told of and this one does not has ended or gone, or moved; the news got lost."""
         gone = [r for r in worker.sequences.values() if r.number != worker.number and r.pending_until_us is None]
         for record in gone:
             if record.migration is None:
-                self._ledger.forget(record)
+                self._ledger.forget(record, "its worker reports it no more: ended, or given back")
             else:
                 self._ledger.land(record, record.generation, now_us)
 

@@ -213,6 +213,7 @@ def core_settings(spec: GpuSpec, growth_blocks: int | None, epoch_us: int) -> Co
         kv_bytes_per_token=1,
         link_bytes_per_s=_UNLIMITED,
         prefill_tokens_per_s=0,
+        remembered_sequences=0,
     )
 
 
