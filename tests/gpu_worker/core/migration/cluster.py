@@ -309,12 +309,13 @@ class Cluster:
     def migrate(self, name: str, target: str, mode: str = "kv", **changes: Any) -> str:
         """Order a move of a sequence from where it is; returns the migration's id."""
         owner, generation = self.owner(name)
+        self.replies: list[WorkerReply] = []
         self.moves += 1
+        if owner is None:
+            return ""
         fields = {"split_tokens": 8, "reason": "manual", "term": 1, "migration": f"m{self.moves}"} | changes
         order = Migrate(sequence=name, generation=generation, target=target, mode=mode, **fields)
-        self.replies: list[WorkerReply] = []
-        if owner is not None:
-            self.ask_worker(Asker("scheduler", self.replies.append, lambda _: None), owner, order, SECOND_US)
+        self.ask_worker(Asker("scheduler", self.replies.append, lambda _: None), owner, order, SECOND_US)
         return order.migration
 
     def kill(self, name: str) -> None:

@@ -33,9 +33,9 @@ from mell_shared.messages.worker import (
     MigrateAccepted,
     MigrateRefused,
     ReleaseKv,
-    ReserveKv,
     Resend,
     ResendDone,
+    ReserveKv,
     Submit,
     SubmitAccepted,
     SubmitRefused,
@@ -497,8 +497,14 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     assert not any(isinstance(e, SequenceFinished) and e.reason != "cancelled" for e in cluster.events)
 
 
-@MODES
-@pytest.mark.parametrize("slow", ["KvReserved", "OpenLink", "SendBlocks", "CaughtUp"])
+@pytest.mark.parametrize(
+    ("mode", "slow"),
+    [
+        *(("kv", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks")),
+        *(("tokens", slow) for slow in ("KvReserved", "CaughtUp")),
+        *(("hybrid", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks", "CaughtUp")),
+    ],
+)
 def test_a_sequence_that_is_preempted_in_mid_copy_stays(mode: str, slow: str) -> None:
     """The move is called off, blocks being sent come free a moment later, and the sequence comes back where it was."""
     cluster = Cluster(kv_blocks=40, max_step_tokens=8)
