@@ -69,7 +69,6 @@ class Subjects:
         """Stream status, claims, evictions for one frontend; request/reply."""
         return f"{self.prefix}.frontend.{frontend}.control"
 
-    @property
-    def admin_status(self) -> str:
-        """What the leading scheduler knows of the cluster; request/reply."""
-        return f"{self.prefix}.admin.status"
+    def admin(self, kind: str) -> str:
+        """An operator's question or order of this kind (`*`: all); request/reply, to the leading scheduler."""
+        return f"{self.prefix}.admin.{kind}"

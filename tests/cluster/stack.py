@@ -88,11 +88,12 @@ class Service:
 class Stack:
     """The processes of one test with these `MELL_` settings; all are gone when the context is left."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK)) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK), access: str = "") -> None:
         self._folder = folder
         self._settings = dict(settings)
         self._services: list[Service] = []
-        self.broker = NatsServer(folder / "nats")
+        self._users: dict[str, str] = {}
+        self.broker = NatsServer(folder / "nats", access=access)
 
     def __enter__(self) -> "Stack":
         self.broker.start()
@@ -107,10 +108,16 @@ class Stack:
         for service in services:
             service.kill()
 
+    def log_in(self, module: str, user: str) -> None:
+        """Let the processes of a module connect as `user` (`name:password`) from now on."""
+        self._users[module] = user
+
     def start(self, module: str, *arguments: str) -> Service:
         """Start one more process."""
+        user = self._users.get(module)
+        url = f"nats://{user}@{self.broker.address}" if user else self.broker.url
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MELL_")}
-        environment |= self._settings | {"MELL_NATS_URL": self.broker.url}
+        environment |= self._settings | {"MELL_NATS_URL": url}
         log = self._folder / f"{len(self._services)}-{module}.log"
         service = Service(module, list(arguments), environment, log)
         self._services.append(service)

@@ -151,6 +151,25 @@ def test_a_stack_answers_survives_deaths_and_leaves_nothing(start: Starter) -> N
     assert "Traceback" not in up.text
 
 
+def test_a_stream_that_outlasts_the_stop_is_told_so(start: Starter) -> None:
+    """Ctrl-C during a long answer ends the stream with an error, and no service has to be killed for it."""
+    # The frontend waits three seconds for an answer that takes fifty.
+    up = start("--workers", "1", "--stop-s", "5", MELL_FAKE_STEP_US="50000")
+    url = up.up()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
+        stream = client.completions.create(
+            model="fake", prompt="Hello", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        up.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="stopping"):
+            for _chunk in stream:
+                pass
+    assert up.wait() == 0
+    assert "was killed" not in up.text
+    assert up.gone()
+
+
 def test_nothing_survives_a_kill_of_the_command(start: Starter) -> None:
     """A kill -9 of `mell up` takes every service and the broker along."""
     up = start("--workers", "2")

@@ -70,7 +70,7 @@ def test_a_new_term_begins_with_an_empty_core() -> None:
     [
         ([], "line 1 is no journal header"),
         (["{}"], "line 1 is no journal header"),
-        ([HEADER.replace('"journal": 2', '"journal": 9')], "version 9"),
+        ([HEADER.replace('"journal": 3', '"journal": 9')], "version 9"),
         ([HEADER.replace("best-fit", "worst")], "unknown policy"),
         ([HEADER, "rubbish"], "line 2 is no event"),
         ([HEADER, '{"at_us": 1, "event": "nonsense"}'], "line 2 is no event"),

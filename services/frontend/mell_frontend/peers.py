@@ -106,7 +106,7 @@ class Peers:
     async def status(self) -> Status:
         """Ask the scheduler for the cluster's state; raises `GenerationError` (`unavailable`)."""
         data = encode(StatusRequest())
-        reply = await self._request(self._subjects.admin_status, data, self._timeouts.status_s, STATUS)
+        reply = await self._request(self._subjects.admin("status"), data, self._timeouts.status_s, STATUS)
         if isinstance(reply, str):
             reason = reply.replace("_", " ")
             raise GenerationError("unavailable", f"no scheduler answers ({reason})", retry_after_s=1.0)

@@ -58,7 +58,7 @@ def _leave_if_engine_hangs(code: object) -> None:
 async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> None:
     """Connect, build the engine, serve until `stop`. Raises `StartError`, `BrokerUnreachableError`, `ServiceError`."""
     thread = EngineThread()
-    bus = await NatsBus.connect(settings.nats_url, name=worker)
+    bus = await NatsBus.connect(settings.nats_url, name=worker, access=settings.broker_access("worker"))
     try:
         engine = await _load_engine(settings, thread, stop)
         if engine is not None:

@@ -8,6 +8,7 @@ from mell_shared.messages.base import (
     PROTOCOL_VERSION,
     Generation,
     Id,
+    Label,
     Message,
     MigrationMode,
     Uint32Column,
@@ -34,6 +35,8 @@ class PlaceRequest(Message):
     priority: int = 0
     waited_s: float = Field(default=0.0, ge=0)
     excluded: tuple[Id, ...] = ()
+    request_id: Label = ""
+    """What the client and the frontend's log call the request (`x-request-id`)."""
 
 
 class Placed(Message):
@@ -96,9 +99,7 @@ class WorkerSpec(Message):
 
     @model_validator(mode="after")
     def _rows_match(self) -> Self:
-        require_equal_lengths(
-            profiled_batches=self.profiled_batches, profiled_tokens_per_s=self.profiled_tokens_per_s
-        )
+        require_equal_lengths(profiled_batches=self.profiled_batches, profiled_tokens_per_s=self.profiled_tokens_per_s)
         return self
 
     @property

@@ -59,8 +59,11 @@ class Boundaries:
             self._lane_ends[lane] = (event.worker, event.target)
             self._forget_gone()
 
-    def budgets(self, candidates: Sequence[Candidate], block_tokens: int) -> Budgets:
-        """What these moves may use: of each link and target what the moves under way leave, and the epoch's limits."""
+    def budgets(self, candidates: Sequence[Candidate], block_tokens: int, *, beside_moving: bool = True) -> Budgets:
+        """What these moves may use: of each link and target what the moves under way leave, and the epoch's limits.
+
+        Not `beside_moving`: as if nothing else were under way.
+        """
         limit_us = self._settings.transfer_limit_us
         link_bytes: dict[LinkId, int] = {}
         prefill_tokens: dict[str, int] = {}
@@ -71,7 +74,8 @@ class Boundaries:
             if lane in self._lanes:
                 link_bytes[lane] = self._lanes[lane].budget(limit_us)
             prefill_tokens[target] = self._prefill_of(target).budget(limit_us)
-        self._subtract_moving(link_bytes, prefill_tokens)
+        if beside_moving:
+            self._subtract_moving(link_bytes, prefill_tokens)
         return Budgets(
             link_bytes=link_bytes,
             prefill_tokens=prefill_tokens,
