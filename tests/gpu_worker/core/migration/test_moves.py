@@ -369,6 +369,19 @@ def test_a_repeated_commit_gets_the_same_answer() -> None:
     assert target.ask(commit()) == CommitGranted(generation=2)
 
 
+def test_a_release_does_not_drop_a_claim_under_way() -> None:
+    """It may have been granted already: only the frontend's answer decides."""
+    target = world()
+    held(target)
+    target.tell(RoundArrived("m1", (0, 1, 2, 3)))
+    (ask,) = only(AskFrontend, target.tell(CommandReceived(commit(), "commit")))
+    assert target.ask(ReleaseKv(migration="m1")) == KvReleased()
+    target.tell(FrontendAnswered("f1", ask.message, Granted(generation=2, accepted=3)))
+    target.tell(LinkClosed("m1"))
+    target.run()
+    assert len(target.output(generation=2)) == 17, "it has three of its twenty outputs from its source"
+
+
 def test_a_refused_claim_frees_everything_and_publishes_nothing() -> None:
     """However far it was computed by then."""
     target = world()
