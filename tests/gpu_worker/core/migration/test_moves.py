@@ -21,6 +21,7 @@ from mell_shared.messages.scheduler import MigrationFailed, SequenceFinished, Wo
 from mell_shared.messages.worker import (
     Cancel,
     CancelDone,
+    CaughtUp,
     CommitGranted,
     CommitMigration,
     CommitRefused,
@@ -568,6 +569,36 @@ def test_a_target_without_room_is_told_from_one_that_fails() -> None:
     assert [event.reason for event in cluster.failed()] == ["no_room"]
 
 
+def _rows(cluster: Cluster) -> int:
+    """How often the target has computed anything of "a"."""
+    return sum(name == "a" for name, _, _ in cluster.nodes["w2"].computed)
+
+
+def test_a_target_that_is_told_to_stop_prefilling_answers_when_it_has() -> None:
+    """Not while a step writes to its blocks, which the source is about to send; then nothing more is computed."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    assert target.step is not None
+    stop = ExtendKv(migration="m1", number=1, first_index=2, prefill_tokens=0)
+    assert not target.tell(CommandReceived(stop, "stop"))
+    assert target.finish_step() == [Reply("stop", CaughtUp(computed_tokens=8))]
+    assert target.step is None
+
+
+def test_a_target_says_how_far_it_is_when_it_takes_long() -> None:
+    """A question is held until all is computed, or for half a second; then it is asked again."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    ask = ExtendKv(migration="m1", number=1, first_index=2, output_ids=[67], prefill_tokens=24)
+    assert not target.tell(CommandReceived(ask, "first"))
+    target.tell(TimePassed(), after_us=SECOND_US // 2)
+    assert only(Reply, target.finish_step()) == [Reply("first", CaughtUp(computed_tokens=8))]
+    assert not target.tell(CommandReceived(ask.model_copy(update={"number": 2}), "second"))
+    assert not only(Reply, target.finish_step())
+    assert only(Reply, target.finish_step()) == [Reply("second", CaughtUp(computed_tokens=24))]
+    assert target.step is None, "the last token is left for the step that samples"
+
+
 def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
     """Rounds that do not shrink end in a copy, of what it has not computed by then."""
     cluster = Cluster(kv_blocks=340, max_step_tokens=8)
@@ -578,6 +609,10 @@ def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
         cluster.open(f"s{number}", LONG[:20], max_tokens=160, seed=number, priority=1)
     cluster.run_for(40 * STEP_US)
     cluster.migrate("a", "w2", "tokens")
+    at(cluster, "SendBlocks")
+    prefilled = _rows(cluster)
+    at(cluster, "CommitMigration")
+    assert _rows(cluster) == prefilled, "it prefills what is being sent"
     cluster.finish()
     (committed,) = cluster.committed()
     assert committed.mode == "kv"
