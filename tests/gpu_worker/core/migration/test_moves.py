@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.commands import AskFrontend, CloseLink, OfferKv, PublishEvent, Reply
+from mell_gpu_worker.core.commands import AskFrontend, AskPeer, CloseLink, OfferKv, PublishEvent, Reply
 from mell_gpu_worker.core.events import (
+    AskFailure,
     CommandReceived,
     FrontendAnswered,
     FrontendUnanswered,
     KvOffered,
     LinkClosed,
+    PeerAnswered,
+    PeerUnanswered,
     RoundArrived,
     StopRequested,
     TimePassed,
@@ -22,6 +25,7 @@ from mell_shared.messages.worker import (
     Cancel,
     CancelDone,
     CaughtUp,
+    CommandInvalid,
     CommitGranted,
     CommitMigration,
     CommitRefused,
@@ -506,6 +510,77 @@ def test_what_arrives_is_prefilled_after_the_workers_own() -> None:
     assert steps == [[("own", 16)], [("own", 8), ("a", 8)], [("own", 1), ("a", 15)], [("own", 1), ("a", 15)]]
 
 
+# --- what the source makes of answers
+
+
+def asked_of_peer(source: CoreWorld) -> list[AskPeer]:
+    """All questions to other workers so far."""
+    return only(AskPeer, source.commands)
+
+
+def test_only_the_answer_to_the_open_question_counts() -> None:
+    """Late ones, to a question that was given up or to none, change nothing."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="", secret=b"", size_bytes=0, step_tokens=8)
+    (reserving,) = asked_of_peer(source)
+    source.tell(PeerAnswered("w2", reserving.message, room))
+    (_, extending) = asked_of_peer(source)
+    assert isinstance(extending.message, ExtendKv)
+    old = extending.message.model_copy(update={"number": 99})
+    for late in (PeerAnswered("w2", old, CaughtUp(computed_tokens=5)), PeerAnswered("w2", reserving.message, room)):
+        source.tell(late)
+        source.tell(PeerUnanswered("w2", late.message, "no_responder"))
+    assert len(asked_of_peer(source)) == 2
+    source.tell(PeerAnswered("w2", extending.message, CaughtUp(computed_tokens=5)))
+    source.finish_step()
+    assert isinstance(asked_of_peer(source)[-1].message, CommitMigration)
+
+
+@pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
+def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFailure) -> None:
+    """It is told to release it; the sequence never stopped."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    told = source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, failure))
+    assert [ask.message for ask in only(AskPeer, told)] == [ReleaseKv(migration="m1")]
+    assert failures(source) in (["timeout"], ["unreachable"], ["unsupported"])
+    source.run()
+    assert len(source.output()) == 40
+
+
+def test_a_release_is_repeated_a_few_times() -> None:
+    """Then the reservation's expiry has to do."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, "timeout"))
+    for _ in range(5):
+        source.tell(PeerUnanswered("w2", ReleaseKv(migration="m1"), "timeout"))
+    assert [ask.message.kind for ask in asked_of_peer(source)] == ["reserve_kv"] + ["release_kv"] * 3
+
+
+def test_a_target_whose_answer_makes_no_sense_gets_nothing() -> None:
+    """Room that no sequence fits into, or an answer to another question: called off, and released."""
+    for nonsense in (
+        KvReserved(held_tokens=3, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        KvReserved(held_tokens=400, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        CommandInvalid(message="what is reserve_kv?"),
+        KvReleased(),
+    ):
+        source = world()
+        source.ask(submit(max_tokens=40))
+        source.ask(migrate())
+        source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, nonsense))
+        assert failures(source) == ["unsupported"]
+        assert isinstance(asked_of_peer(source)[-1].message, ReleaseKv)
+        source.run()
+        assert len(source.output()) == 40
+
+
 # --- what happens to the sequence meanwhile
 
 
@@ -631,6 +706,19 @@ def test_without_a_transport_a_target_that_does_not_catch_up_gets_nothing() -> N
     cluster.migrate("a", "w2", "tokens")
     cluster.finish()
     assert [event.reason for event in cluster.failed()] == ["timeout"]
+
+
+@MODES
+def test_a_sequence_that_outgrows_its_room_stops_early(mode: str) -> None:
+    """It decodes more than was asked for while its blocks travel: it stops before they would not fit, and moves."""
+    cluster = Cluster(kv_blocks=60, moves=MoveLimits(growth_tokens=8))
+    cluster.open("a", LONG, max_tokens=100)
+    cluster.tokens(5)
+    slow = {"SendBlocks", "CaughtUp"}
+    cluster.network.plan = lambda flight: "delay" if flight.what in slow else "deliver"
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    assert len(cluster.committed()) == 1
 
 
 def test_tokens_need_no_transport() -> None:
