@@ -5,6 +5,8 @@ import hashlib
 import hmac
 import re
 from collections.abc import Sequence
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -19,6 +21,10 @@ from mell_shared.ids import request_id
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
 """What asks for no key: probes and descriptions, nothing about requests."""
 
+ADMIN_PATHS = "/admin/"
+"""What operators ask: it has a key of its own, which API keys do not replace."""
+
+_FORWARDED = (b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
@@ -77,6 +83,7 @@ class Guard:
         self._app = app
         self._max_body_bytes = settings.max_body_bytes
         self._max_header_bytes = settings.max_header_bytes
+        self._admin_digest = _digest(settings.admin_key.encode()) if settings.admin_key else None
         self._key_digests = [_digest(key.encode()) for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,23 +108,29 @@ class Guard:
             return ApiError(
                 431, f"The headers are larger than {self._max_header_bytes} bytes.", code="headers_too_large"
             )
-        if self._key_digests and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            fault = ApiError(401, "Incorrect or missing API key: send it as `Authorization: Bearer KEY`.")
-            fault.code = "invalid_api_key"
-            fault.headers["WWW-Authenticate"] = "Bearer"
-            return fault
+        if scope["path"].startswith(ADMIN_PATHS):
+            return self._admin_fault(scope)
+        if self._key_digests and scope["path"] not in OPEN_PATHS and not _has_key(scope, self._key_digests):
+            return _unauthorized("Incorrect or missing API key", "invalid_api_key")
         return None
+
+    def _admin_fault(self, scope: Scope) -> ApiError | None:
+        """Operators need their own key; where none is set, whoever is on this machine is one."""
+        if self._admin_digest is not None:
+            if _has_key(scope, [self._admin_digest]):
+                return None
+            return _unauthorized("Incorrect or missing admin key (MELL_ADMIN_KEY)", "invalid_admin_key")
+        if is_local(scope):
+            return None
+        message = (
+            "This frontend has no admin key, so only this machine itself may ask, and not through a proxy: "
+            "start it with MELL_ADMIN_KEY set, and send that key."
+        )
+        return ApiError(403, message, code="admin_key_not_set")
 
     def _announces_too_much(self, scope: Scope) -> bool:
         length = _header(scope, b"content-length") or b"0"
         return length.isdigit() and int(length[:20]) > self._max_body_bytes
-
-    def _has_key(self, scope: Scope) -> bool:
-        """Compare with every key, each in constant time, whichever is right."""
-        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
-        digest = _digest(key.strip())
-        right = [hmac.compare_digest(digest, known) for known in self._key_digests]
-        return scheme.lower() == b"bearer" and any(right)
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -137,6 +150,49 @@ class Guard:
         if not read:
             fault.headers["Connection"] = "close"
         return fault
+
+
+def is_local(scope: Scope) -> bool:
+    """Whether a request certainly comes from this machine.
+
+    The peer's address alone does not say so: a proxy here speaks for anybody, and a web page that a browser here
+    shows can send requests to this machine, also under a name of its own (DNS rebinding).
+    """
+    peer = (scope.get("client") or ("",))[0]
+    if not _is_loopback(peer) or any(_header(scope, name) is not None for name in _FORWARDED):
+        return False
+    host, origin = _header(scope, b"host"), _header(scope, b"origin")
+    return _names_loopback(b"//" + (host or b"")) and (origin is None or _names_loopback(origin))
+
+
+def _names_loopback(url: bytes) -> bool:
+    try:
+        name = urlsplit(url.decode("ascii")).hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or _is_loopback(name)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _has_key(scope: Scope, digests: Sequence[bytes]) -> bool:
+    """Compare with every key, each in constant time, whichever is right."""
+    scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+    digest = _digest(key.strip())
+    right = [hmac.compare_digest(digest, known) for known in digests]
+    return scheme.lower() == b"bearer" and any(right)
+
+
+def _unauthorized(what: str, code: str) -> ApiError:
+    fault = ApiError(401, f"{what}: send it as `Authorization: Bearer KEY`.", code=code)
+    fault.headers["WWW-Authenticate"] = "Bearer"
+    return fault
 
 
 async def _discard(receive: Receive) -> bool:

@@ -29,6 +29,9 @@ class FrontendSettings(ServiceSettings):
     model_dir: Path = Field(default_factory=default_model_dir, description="Folder that pulled models are kept in.")
     max_model_len: int | None = Field(None, ge=1, description="Context in tokens; default: what the model says.")
     api_keys: StringList = Field([], repr=False, description="Bearer keys that may ask; none: everyone may.")
+    admin_key: str = Field(
+        "", repr=False, description="Bearer key for `/admin`; none: only this machine itself may ask there."
+    )
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")
