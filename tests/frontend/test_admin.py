@@ -1,5 +1,6 @@
 """The operators' API in-process: who may ask, what is sent to the scheduler, how its answers are told."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import httpx
 import pytest
 import structlog
 
-from mell_frontend.edge import is_local
+from mell_frontend.admin_gate import is_local
 from mell_frontend.generation import GenerationError
 from mell_shared.messages.admin import (
     AdminRefused,
@@ -119,6 +120,13 @@ async def test_the_page_of_this_machine_may_ask(client: httpx.AsyncClient) -> No
     """A page that this frontend itself serves to a browser here."""
     response = await client.get("/admin/status", headers={"origin": "http://127.0.0.1:8000"})
     assert response.status_code == 200
+
+
+async def test_the_key_may_be_set_as_its_digest(connect: Connect) -> None:
+    """So that nobody who reads the settings can use it."""
+    client = connect(admin_key=f"sha256:{hashlib.sha256(b'secret').hexdigest()}")
+    assert (await client.get("/admin/status", headers=bearer("secret"))).status_code == 200
+    assert (await client.get("/admin/status", headers=bearer("sha256:"))).status_code == 401
 
 
 async def test_the_key_is_not_kept_in_the_clear_by_the_guard(build_app: Callable[..., Any]) -> None:

@@ -11,7 +11,6 @@ app = typer.Typer(
     name="mell",
     help="Serve large language models for many users on as few GPUs as possible.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -83,6 +82,18 @@ def doctor(
 ) -> None:
     """Check that this machine has what Mell needs; exit code 1 if something needed is missing."""
     raise typer.Exit(load("mell_console.doctor.command", "all").run(port, as_json=as_json))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="What logs and errors call the key: letters, digits, `_`, `.`, `-`.")],
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Limit of this key; default: the general one.")
+    ] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="The same in tokens, prompt and output.")] = None,
+) -> None:
+    """Make an API key: `mell key team-a >> keys.toml`, then MELL_API_KEYS_FILE=keys.toml at the frontend."""
+    raise typer.Exit(load("mell_console.key", "console").run(name, requests_per_minute, tokens_per_minute))
 
 
 @model.command()

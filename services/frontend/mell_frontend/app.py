@@ -18,16 +18,19 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
+from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
+from mell_frontend.key_store import KeyStore
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.respond import Responder
 from mell_frontend.schema import (
@@ -55,6 +58,10 @@ _BODIES: dict[str, tuple[type[ApiModel], str]] = {
 }
 """What the routes that read their bodies by themselves take, and what they do."""
 
+_LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+]
+
 _INLINE_BODY_BYTES = 16_384
 """Larger bodies are read in a thread, so that other streams go on meanwhile."""
 
@@ -64,10 +71,15 @@ def create_app(
     gateway: Gateway,
     models: Sequence[ServedModel],
     registry: CollectorRegistry,
-    clock: Clock | None = None,
+    keys: KeyStore | None = None,
 ) -> App:
-    """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`."""
-    clock = clock or SystemClock()
+    """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`.
+
+    Without `keys` those of the settings count, and are never read again.
+    """
+    clock = SystemClock()
+    keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
+    general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
     api = _Api(settings, gateway, models, clock)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
@@ -78,14 +90,14 @@ def create_app(
         site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
     site.openapi = lambda: _openapi(site, operations)  # type: ignore[method-assign]
-    app: App = Guard(site, settings)
+    app: App = Guard(site, settings, keys, Allowances(keys, general, clock))
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *_LIMIT_HEADERS],
         )
     return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site))), clock)
 
@@ -146,7 +158,9 @@ class _Api:
         record = _record(request)
         record.answer_id, record.model = head.id, job.model.name
         record.stream, record.choices = job.stream, job.choices
-        return _Answer(respond, record, self._settings.write_timeout_s)
+        allowance: Allowance = request.scope["state"]["allowance"]
+        allowance.reserve(job.most_tokens)
+        return _Answer(respond, record, allowance, self._settings.write_timeout_s)
 
     async def _read(self, request: Request, model: type[R], then: Callable[[R], T]) -> T:
         """Return what `then` makes of the request's body; raises `ApiError`."""
@@ -207,16 +221,21 @@ class _Answer(Response):
         self,
         respond: Callable[[Exchange], Coroutine[Any, Any, None]],
         record: RequestRecord,
+        allowance: Allowance,
         write_timeout_s: float,
     ) -> None:
         super().__init__()
         self._respond = respond
         self._record = record
+        self._allowance = allowance
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(receive, send, scope["state"]["send"], self._record, self._write_timeout_s)
-        await exchange.run(self._respond(exchange))
+        try:
+            await exchange.run(self._respond(exchange))
+        finally:
+            self._allowance.settle(self._record.used_tokens)
 
 
 def _record(request: Request) -> RequestRecord:

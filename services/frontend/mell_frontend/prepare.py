@@ -43,6 +43,11 @@ class Job:
         """How many sequences the request makes."""
         return len(self.prompts) * self.n
 
+    @property
+    def most_tokens(self) -> int:
+        """What the request is known to need at most; without an output limit, its prompts."""
+        return sum(map(len, self.prompts)) + (self.sampling.max_tokens or 0) * self.choices
+
     def sequences(self, answer_id: str, request_id: str) -> list[SequenceRequest]:
         """Return one request for each choice, in order; they are named after the answer."""
         return [

@@ -44,7 +44,7 @@ from mell_shared.actor import Actor
 from mell_shared.bus import BusError, Delivery, Subscription
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.base import Message
-from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, Submit
+from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, ReserveKv, Submit
 
 _SHORTEST_SLEEP_S = 0.001
 _LONGEST_SLEEP_S = 0.1
@@ -79,6 +79,11 @@ class WorkerService:
     def collector(self) -> WorkerCollector:
         """Return this worker's metrics."""
         return WorkerCollector(self.core, self.counts, self.moves, self._data_counts)
+
+    @property
+    def transfers(self) -> int:
+        """KV transfers that are not closed."""
+        return 0 if self._data is None else len(self._data)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set and everything is said, or the engine fails; the bus stays open."""
@@ -141,15 +146,15 @@ class WorkerService:
         except InvalidMessageError as error:
             await self._reject(delivery, str(error))
             return
-        if isinstance(command, Submit) and command.sampling.grammar is not None:
+        if isinstance(command, Submit | ReserveKv) and command.sampling.grammar is not None:
             # A task, since compiling it may take longer than other commands should wait.
             self._actor.spawn(self._deliver_with_grammar(command, command.sampling.grammar.text, delivery.reply_to))
             return
         await self._actor.put(CommandReceived(command, delivery.reply_to))
 
-    async def _deliver_with_grammar(self, submit: Submit, grammar: str, reply_to: str) -> None:
+    async def _deliver_with_grammar(self, command: Submit | ReserveKv, grammar: str, reply_to: str) -> None:
         fault = await self._engine.grammar_fault(grammar)
-        await self._actor.put(CommandReceived(submit, reply_to, fault))
+        await self._actor.put(CommandReceived(command, reply_to, fault))
 
     async def _reject(self, delivery: Delivery, fault: str) -> None:
         self.counts.invalid_messages += 1

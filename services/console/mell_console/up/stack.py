@@ -24,6 +24,7 @@ from mell_shared.clock import Clock
 from mell_shared.models import ModelNotFoundError, locate_model
 from mell_shared.nats_bus import NatsBus
 from mell_shared.process import StartError
+from mell_shared.settings import ServiceSettings
 
 _PULL_STOP_S = 2.0
 
@@ -100,7 +101,9 @@ class Stack:
         outside = self._plan.settings.nats_url
         self._screen.begin("broker")
         if outside:
-            bus = await NatsBus.connect(outside, name="mell up")
+            # With the files that the services will be given, in the same variables.
+            access = ServiceSettings().broker_access("")
+            bus = await NatsBus.connect(outside, name="mell up", access=access)
             await bus.close()
             self._screen.end("broker", "outside NATS answers")
             return outside

@@ -101,23 +101,20 @@ class SequenceRecord:
         """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
         gain = -1
         if self.number >= 0:
-            gain = max(0, tokens - self.tokens) // (report_number - self.number)
+            gain = (tokens - self.tokens) // (report_number - self.number) if tokens > self.tokens else 0
             # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
             decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
             self.growth_tokens = min(growth_limit, max(gain, decayed, 1))
         self.number, self.tokens, self.blocks = report_number, tokens, blocks
         self.pending_until_us = None
-        self.size_blocks = max(blocks, self._predicted_blocks())
-        return gain
-
-    def _predicted_blocks(self) -> int:
-        worker, predicted = self.worker, self.tokens + self.growth_tokens
+        worker, predicted = self.worker, tokens + self.growth_tokens
         cap = self.cap_tokens
         if cap is None or cap > worker.max_total_tokens:
             cap = worker.max_total_tokens
         if predicted > cap:
-            predicted = max(cap, self.tokens)
-        return -(-predicted // worker.block_tokens)
+            predicted = max(cap, tokens)
+        self.size_blocks = max(blocks, -(-predicted // worker.block_tokens))
+        return gain
 
 
 class WorkerRecord:

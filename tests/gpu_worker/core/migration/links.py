@@ -139,7 +139,7 @@ class Links:
         self._network.later(took_us, finish)
 
     def _copy(self, transfer: Transfer, migration: str, blocks: tuple[tuple[int, int], ...]) -> bool:
-        """Copy blocks as long as both ends are open; what is not lent is not to be touched."""
+        """Copy blocks as long as both ends are open, else return False; what is not lent is not to be touched."""
         source, target = transfer.source, transfer.target
         assert source is not None
         if any(end.closed or end.failed or end.name in self._network.dead for end in (source, target)):
@@ -159,10 +159,10 @@ class Links:
         def closed() -> None:
             end.closed = True
             self._tell(end, LinkClosed(migration), last=True)
-            for transfer in (self._offers.get(migration), self._opened.get(migration)):
-                if transfer is not None and transfer.source is not None:
-                    other = transfer.source if end is transfer.target else transfer.target
-                    self._network.later(LATENCY_US, lambda: self._fail(other, migration, "link", "the peer has left"))
+            transfer = self._opened.get(migration)
+            if transfer is not None and transfer.source is not None:
+                other = transfer.source if end is transfer.target else transfer.target
+                self._network.later(LATENCY_US, lambda: self._fail(other, migration, "link", "the peer has left"))
 
         self._network.later(LATENCY_US, closed)
 

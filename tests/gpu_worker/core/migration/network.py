@@ -2,9 +2,8 @@
 
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 MS_US = 1_000
 SECOND_US = 1_000_000
@@ -36,12 +35,12 @@ def disturb(verdicts: Mapping[int, Verdict]) -> Plan:
     return lambda flight: verdicts.get(flight.number, "deliver")
 
 
-@dataclass(slots=True)
-class _Question:
-    answered: Callable[[object], None]
-    unanswered: Callable[[str], None]
-    asker: str
-    asked: str
+class Asker(NamedTuple):
+    """Who asks, and what is done with the reply, or with the reason why there is none: one of the two, later."""
+
+    name: str
+    answered: Callable[[Any], None]
+    unanswered: Callable[[Any], None]
 
 
 class Network:
@@ -56,7 +55,7 @@ class Network:
         """Called a moment after somebody has died."""
         self._order = count()
         self._due: list[tuple[int, int, Callable[[], None]]] = []
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, Asker] = {}
 
     # --- time
 
@@ -108,40 +107,30 @@ class Network:
         if verdict == "repeat":
             self.later(3 * LATENCY_US, arrive_if_alive)
 
-    def ask(
-        self,
-        what: str,
-        sender: str,
-        receiver: str,
-        arrive: Callable[[str], None],
-        answered: Callable[[object], None],
-        unanswered: Callable[[str], None],
-        timeout_us: int,
-    ) -> None:
-        """Send a request; exactly one of `answered` (with the reply) and `unanswered` (with why) is called, later."""
-        if sender in self.dead:
+    def ask(self, what: str, asker: Asker, receiver: str, arrive: Callable[[str], None], timeout_us: int) -> None:
+        """Send a request."""
+        if asker.name in self.dead:
             return
         reply_to = f"reply-{next(self._order)}"
-        self._questions[reply_to] = _Question(answered, unanswered, sender, receiver)
+        self._questions[reply_to] = asker
         if receiver in self.dead:
             self.later(LATENCY_US, lambda: self._give_up(reply_to, "no_responder"))
             return
         self.later(timeout_us, lambda: self._give_up(reply_to, "timeout"))
-        self.fly(what, sender, receiver, lambda: arrive(reply_to))
+        self.fly(what, asker.name, receiver, lambda: arrive(reply_to))
 
     def reply(self, reply_to: str, what: str, sender: str, message: object) -> None:
         """Answer a request; only the first answer in time counts."""
-        question = self._questions.get(reply_to)
-        asker = question.asker if question else ""
+        asker = self._questions.get(reply_to)
 
         def settle() -> None:
             waiting = self._questions.pop(reply_to, None)
             if waiting is not None:
                 waiting.answered(message)
 
-        self.fly(what, sender, asker, settle)
+        self.fly(what, sender, asker.name if asker else "", settle)
 
     def _give_up(self, reply_to: str, why: str) -> None:
         waiting = self._questions.pop(reply_to, None)
-        if waiting is not None and waiting.asker not in self.dead:
+        if waiting is not None and waiting.name not in self.dead:
             waiting.unanswered(why)
