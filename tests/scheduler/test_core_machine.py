@@ -495,8 +495,8 @@ class SchedulerLives(RuleBasedStateMachine):
         record = self.core.ledger.sequences.get(settled.sequence)
         if settled.outcome != "committed" or record is None or record.pending_until_us is None:
             return
-        source = self.heard[settled.source]
-        if source.report and settled.sequence in source.report.sequences:
+        source = self.heard.get(settled.source)
+        if source and source.report and settled.sequence in source.report.sequences:
             source.ended[settled.sequence] = blocks
         deadline_us = self.now_us + CORE.submit_timeout_us
         self.promises[settled.sequence] = Promise(settled.target, record.generation, blocks, deadline_us)

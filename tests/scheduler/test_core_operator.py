@@ -77,7 +77,7 @@ class Operated(Packed):
 
 def test_a_drain_is_ordered_and_its_plan_is_told() -> None:
     """The order carries term and deadline; the answer, sent once the worker obeys, says where each would go."""
-    scene = Operated()
+    scene = Operated(paused=False)
     answers, said = scene.order_of(DrainRequest(worker="b", deadline_s=30.0))
     (order,) = [command for command in said if isinstance(command, OrderDrain)]
     assert answers == []
@@ -88,7 +88,7 @@ def test_a_drain_is_ordered_and_its_plan_is_told() -> None:
 
 def test_a_rehearsed_drain_changes_nothing() -> None:
     """The plan is told at once, the worker is not; room is as before."""
-    scene = Operated()
+    scene = Operated(paused=False)
     before = [scene.free(worker) for worker in "abc"], scene.states()
     reply = scene.tell(DrainRequest(worker="b", dry_run=True))
     assert isinstance(reply, DrainReply)
@@ -99,7 +99,7 @@ def test_a_rehearsed_drain_changes_nothing() -> None:
 
 def test_the_plan_says_what_finds_no_room() -> None:
     """Each sequence gets a target or the reason why there is none; room is counted once."""
-    scene = Operated()
+    scene = Operated(paused=False)
     scene.rows = {"a": [("big", 1, 640, 40)], "b": [("x", 1, 800, 50), ("y", 1, 720, 45)], "c": [("z", 1, 1_280, 80)]}
     scene.second_without_moves()
     scene.report("b", *scene.rows["b"])
@@ -109,6 +109,13 @@ def test_the_plan_says_what_finds_no_room() -> None:
         ("x", "a", False),
         ("y", "", True),
     ]
+
+
+def test_while_moves_are_paused_the_plan_says_so() -> None:
+    """Nothing would leave before they are resumed."""
+    reply = Operated().tell(DrainRequest(worker="b", dry_run=True))
+    assert isinstance(reply, DrainReply)
+    assert [(row.target, "paused" in row.why) for row in reply.sequences] == [("", True)]
 
 
 def test_where_nothing_moves_the_plan_says_that_it_ends_there() -> None:

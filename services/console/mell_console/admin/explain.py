@@ -58,5 +58,5 @@ def _cost(happening: Happening) -> str:
         return f"{move.mode}, {cost(move)}" if happening.what != "moving" or move.outcome == "moving" else move.mode
     if happening.what != "placed":
         return ""
-    waited = f" after {span(happening.waited_s)}" if happening.waited_s >= 0.001 else ""
+    waited = f" after {span(happening.waited_s)}" if happening.generation == 1 and happening.waited_s >= 0.001 else ""
     return f"{happening.blocks} blocks of {happening.free_blocks} free{waited}"

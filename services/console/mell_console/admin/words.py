@@ -18,6 +18,8 @@ def seconds(text: str) -> float:
 
 def span(duration_s: float) -> str:
     """Return a duration in a unit that suits it."""
+    if 0 < duration_s < 0.001:
+        return "<1 ms"
     if duration_s < 0.9995:
         return f"{duration_s * 1000:.0f} ms"
     if duration_s < 120:
