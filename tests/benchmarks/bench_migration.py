@@ -1,4 +1,5 @@
 import asyncio
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -9,13 +10,17 @@ from typing import Any
 import psutil
 import pytest
 
+from mell_gpu_worker.engine.base import Engine
+from mell_gpu_worker.engine_runner import EngineThread
 from mell_scheduler.policy.transfer import split_point
+from mell_shared.memory_bus import Faults, MemoryBroker
 from mell_shared.messages.scheduler import MigrationCommitted
 from mell_shared.process import loop_factory
 from tests.benchmarks.bench_transport import Source, filled, target
 from tests.benchmarks.figures import memory_read_gb_per_s, print_table, size, spread, verdict
 from tests.benchmarks.moving import FAKE, Movers, movers
-from tests.gpu_worker.fleet import PREFILL_TOKEN_US, STEP_US, Fleet, play
+from tests.gpu_worker.fleet import PREFILL_TOKEN_US, STEP_US, Fleet, PacedRunner, play
+from tests.gpu_worker.streaming import SmallFrontend
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
 
@@ -92,7 +97,7 @@ def test_pause_of_a_move(transport: str, tmp_path: Path) -> None:
                 await pair.start(name, 0, length)
                 pauses[length] = [await _paused(pair, name, windows) for _ in range(3 * ROUNDS)]
                 await pair.end(name)
-            others = _others(pair, windows)
+            others = _others(pair.frontend, windows)
         return pauses, others, round_trip_us
 
     pauses, others, round_trip_us = run(main())
@@ -110,11 +115,7 @@ def test_pause_of_a_move(transport: str, tmp_path: Path) -> None:
         f"goal for the median {limit_ms:.1f} ms, for p99 {3 * ENGINE_STEP_US / 1e3:.0f} ms"
     )
     print_table(title, head, rows)
-    rows = [
-        [when, f"{statistics.median(gaps):.2f}", f"{_percentile(gaps, 99):.2f}", str(len(gaps))]
-        for when, gaps in others.items()
-    ]
-    print_table("Others' inter-token time on both workers, ms", ["", "p50", "p99", "tokens"], rows)
+    _print_others("Others' inter-token time on both workers, ms", others)
 
 
 async def _paused(pair: Movers, name: str, windows: list[tuple[int, int]]) -> tuple[MigrationCommitted, int]:
@@ -130,19 +131,90 @@ async def _paused(pair: Movers, name: str, windows: list[tuple[int, int]]) -> tu
     return moved, max(gaps)
 
 
-def _others(pair: Movers, windows: list[tuple[int, int]]) -> dict[str, list[float]]:
-    """Inter-token times of the sequences that stay, during moves and between them."""
+def _others(frontend: SmallFrontend, windows: list[tuple[int, int]]) -> dict[str, list[float]]:
+    """Inter-token times of the sequences that stay, during moves and between them, from the first move on."""
     gaps: dict[str, list[float]] = defaultdict(list)
     for name in ("other-0", "other-1"):
-        arrived = pair.frontend.streams[name].arrived_us
-        for before, after in pairwise(arrived):
+        arrived = frontend.streams[name].arrived_us
+        for before, after in pairwise(at_us for at_us in arrived if at_us >= windows[0][0]):
             moving = any(before < end_us and after > begun_us for begun_us, end_us in windows)
             gaps["during moves" if moving else "between moves"].append((after - before) / 1e3)
     return gaps
 
 
+def _print_others(title: str, others: dict[str, list[float]]) -> None:
+    rows = [
+        [when, f"{statistics.median(gaps):.2f}", f"{_percentile(gaps, 99):.2f}", str(len(gaps))]
+        for when, gaps in others.items()
+    ]
+    print_table(title, ["", "p50", "p99", "tokens"], rows)
+
+
 def _percentile(values: list[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
+def test_pause_of_the_protocol() -> None:
+    """The pause in decode steps, in virtual time: messages take up to 1 ms, links carry 1 GB/s, others decode beside.
+
+    What the protocol alone costs, whatever else a machine does.
+    """
+    rows, others = [], defaultdict[str, list[float]](list)
+    for length in LENGTHS:
+        moves, gaps = _virtual_moves(length, 8 * ROUNDS)
+        steps = sorted(moved.stopped_us / STEP_US for moved in moves)
+        parts = ("tail_us", "claim_us", "first_step_us")
+        shares = [spread([getattr(moved, part) / STEP_US for moved in moves], 2) for part in parts]
+        median, worst = statistics.median(steps), _percentile(steps, 99)
+        rows.append([f"{length:,}", f"{median:.2f}", f"{worst:.2f}", *shares])
+        for when, found in gaps.items():
+            others[when] += found
+    head = ["tokens", "median", "p99", "tail", "claim", "first step"]
+    goals = f"goals: median {1.5 + 1_000 / STEP_US:.2f}, p99 3"
+    print_table(
+        f"Pause in steps of {STEP_US / 1e3:.0f} ms, virtual time, {8 * ROUNDS} moves a row; {goals}", head, rows
+    )
+    _print_others("Others' inter-token time, ms, virtual time", others)
+
+
+class UnevenRunner(PacedRunner):
+    """Steps that vary by a tenth: else two workers would keep step with each other for the whole run."""
+
+    def __init__(self, engine: Engine, thread: EngineThread, step_timeout_s: float) -> None:
+        super().__init__(engine, thread, step_timeout_s)
+        self._random = random.Random()
+
+    def step_us(self) -> float:
+        """What a step takes without prefill."""
+        return STEP_US * self._random.uniform(0.9, 1.1)
+
+
+def _virtual_moves(length: int, count: int) -> tuple[list[MigrationCommitted], dict[str, list[float]]]:
+    moves: list[MigrationCommitted] = []
+    gaps: dict[str, list[float]] = {}
+    pauses = random.Random(length)
+
+    async def scene(fleet: Fleet) -> None:
+        fleet.network.throttle(1e9)
+        await fleet.start("other-0", "w1", max_tokens=7_000)
+        await fleet.start("other-1", "w2", max_tokens=7_000)
+        prompt = bytes(65 + position % 26 for position in range(length))
+        await fleet.start("a", "w1", max_tokens=7_000, prompt=prompt)
+        await fleet.tokens("a", 3)
+        windows = []
+        for number in range(count):
+            await asyncio.sleep(pauses.uniform(0.01, 0.03))
+            begun_us = fleet.frontend.clock.now_us()
+            moved = await fleet.frontend.move("a", "w2" if number % 2 == 0 else "w1", mode="kv")
+            assert isinstance(moved, MigrationCommitted), moved
+            windows.append((begun_us, fleet.frontend.clock.now_us()))
+            moves.append(moved)
+        gaps.update(_others(fleet.frontend, windows))
+
+    sizes = {"kv_blocks": 2_500, "max_step_tokens": 512, "max_model_len": 16_384, "fake_kv_bytes_per_token": 512}
+    broker = MemoryBroker(seed=1, faults=Faults(max_delay_us=1_000))
+    play(scene, "w1", "w2", broker=broker, prefix_cache=False, runner=UnevenRunner, **sizes)
+    return moves, gaps
 
 
 def test_modes_over_link_speeds() -> None:

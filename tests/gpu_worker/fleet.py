@@ -37,8 +37,12 @@ class PacedRunner(EngineRunner):
     async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
         """Let time pass, then compute."""
         prefill = sum(row.count for row in rows if row.count > 1)
-        await asyncio.sleep((STEP_US + PREFILL_TOKEN_US * prefill) / 1e6)
+        await asyncio.sleep((self.step_us() + PREFILL_TOKEN_US * prefill) / 1e6)
         return await super().step(rows)
+
+    def step_us(self) -> float:
+        """What a step takes without prefill."""
+        return STEP_US
 
 
 class Wires(MemoryNetwork):
@@ -95,12 +99,12 @@ class Fleet:
         """Run one more worker."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        lanes = changes.pop("lanes", NO_LANES)
+        lanes, runner = changes.pop("lanes", NO_LANES), changes.pop("runner", PacedRunner)
         limits = TransportOptions(hello_timeout_s=1.0, **changes.pop("transport", {}))
         transport = self.network.transport(limits, lambda event, fields: self.told.append(event))
         settings = worker_settings(worker_name=name, fake_step_us=0, **changes)
         engine, bus = make_engine(settings.engine_options), self.broker.connect()
-        async with running_worker(bus, engine, loop, settings, PacedRunner, transport=transport, lanes=lanes) as worker:
+        async with running_worker(bus, engine, loop, settings, runner, transport=transport, lanes=lanes) as worker:
             self.workers[name], self.transports[name] = worker, transport
             yield worker
             self.workers.pop(name, None)

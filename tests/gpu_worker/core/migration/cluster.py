@@ -75,6 +75,8 @@ class Node:
         self.engine = fake_engine(config.spec.kv_blocks)
         self.cluster = cluster
         self.ends: dict[str, End] = {}
+        self.computed: list[tuple[str, int, int]] = []
+        """(sequence, start, count) of every row of every step."""
         self.exited = False
         self._woken_us: int | None = None
 
@@ -107,6 +109,7 @@ class Node:
             case Reply(reply_to, message):
                 network.reply(reply_to, type(message).__name__, self.name, _wired(WORKER_REPLY, message))
             case RunStep(rows):
+                self.computed += [(row.sequence, row.start, row.count) for row in rows]
                 prefill = sum(row.count for row in rows if row.count > 1)
                 network.later(STEP_US + PREFILL_TOKEN_US * prefill, lambda: self._finish_step(command))
             case PublishTokens(_, message):
