@@ -11,9 +11,8 @@ from typing import Any
 
 import structlog
 
-from mell_gpu_worker.data_plane import Spawn
 from mell_gpu_worker.engine_runner import EngineRunner
-from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.surroundings import Spawn, Surroundings
 from mell_gpu_worker.transport.base import SECRET_BYTES, Incoming, TransportError
 from mell_gpu_worker.transport.self_test import LaneMeasured, measure, offer_probe, serve_probe
 from mell_shared.bus import BusError, Delivery, Subscription

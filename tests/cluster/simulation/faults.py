@@ -134,7 +134,21 @@ class Corruption:
     for_us: int = 0
 
 
-Fault = Crash | Stop | EngineBreak | Drain | Pause | Slowness | Weather | Partition | BrokerGone | TwoLeaders | Shove | LinkCut | Corruption
+Fault = (
+    Crash
+    | Stop
+    | EngineBreak
+    | Drain
+    | Pause
+    | Slowness
+    | Weather
+    | Partition
+    | BrokerGone
+    | TwoLeaders
+    | Shove
+    | LinkCut
+    | Corruption
+)
 
 
 def end_us(fault: Fault) -> int:

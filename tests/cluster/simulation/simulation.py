@@ -118,7 +118,11 @@ class Simulation:
         if isinstance(process, WorkerProcess):
             self.links.die(process)
         self.queue.after(_GHOST_US if quietly else 0, partial(self.network.forget, process))
-        self.queue.after(back_us, partial(self._start, node))
+        self.queue.after(back_us, partial(self._start_again, process))
+
+    def _start_again(self, process: Process) -> None:
+        if self.processes[process.node] is process:
+            self._start(process.node)
 
     def _lose_readers(self, node: str) -> None:
         for name, reader in self.judge.readers.items():
@@ -186,7 +190,7 @@ class Simulation:
         if self.processes[process.node] is not process or (not process.alive and not process.exited):
             return  # it crashed meanwhile
         if process.exited:
-            self.queue.after(back_us, partial(self._start, process.node))
+            self.queue.after(back_us, partial(self._start_again, process))
         else:
             self.queue.after(SECOND_US // 10, partial(self._restart_when_gone, process, back_us))
 
@@ -311,6 +315,10 @@ def _unrest(process: Process) -> list[str]:
         case FrontendProcess(core=core):
             return [f"has {core.open_sequences} open sequences"] if core.open_sequences else []
         case SchedulerProcess(core=core) if core is not None:
-            counts = {"queued": len(core.waiting), "charged": len(core.ledger.sequences), "moving": len(core.ledger.moving)}
+            counts = {
+                "queued": len(core.waiting),
+                "charged": len(core.ledger.sequences),
+                "moving": len(core.ledger.moving),
+            }
             return [f"{count} sequences are {what}" for what, count in counts.items() if count]
     return []

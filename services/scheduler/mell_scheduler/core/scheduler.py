@@ -136,7 +136,7 @@ class SchedulerCore:
         self._liveness.bury(event.worker, None if worker is None else worker.number, self._now_us, left=True)
         if worker is None:
             return []
-        self.ledger.remove(worker, self._now_us)
+        self.ledger.remove(worker, self._now_us, left=True)
         return [Announce(event.worker, "left", event.reason), *self._serve(worker.spec.model)]
 
     def _reported(self, report: WorkerReport) -> list[Command]:
