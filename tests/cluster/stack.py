@@ -164,8 +164,9 @@ def whole_text(client: httpx.Client, max_tokens: int) -> str:
 class StreamedChat:
     """One streamed answer, read chunk by chunk."""
 
-    def __init__(self, client: httpx.Client, max_tokens: int) -> None:
-        self._request = client.build_request("POST", "/v1/chat/completions", json=chat(max_tokens, stream=True))
+    def __init__(self, client: httpx.Client, max_tokens: int, **more: Any) -> None:
+        body = chat(max_tokens, stream=True, **more)
+        self._request = client.build_request("POST", "/v1/chat/completions", json=body)
         self._response = client.send(self._request, stream=True)
         assert self._response.status_code == 200, self._response.read()
         self._lines = self._response.iter_lines()

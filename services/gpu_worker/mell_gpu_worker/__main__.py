@@ -113,7 +113,7 @@ async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, st
             clock=SystemClock(),
             transport=transport,
             data_counts=counts,
-            lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_link_bytes_per_s),
+            lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_lane(engine.spec.device)),
         )
         service = WorkerService(config, EngineRunner(engine, parts.thread, settings.step_timeout_s), around)
         await _serve(settings, service, parts.bus, stop)
@@ -126,7 +126,7 @@ async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport
     """Measure what a scheduler plans moves with; nothing where nothing moves."""
     link_bytes_per_s = settings.link_bytes_per_s
     if transport is not None:
-        lane = await try_data_port(transport, parts.engine, settings.slow_link_bytes_per_s)
+        lane = await try_data_port(transport, parts.engine, settings.slow_lane(parts.engine.spec.device))
         link_bytes_per_s = link_bytes_per_s or round(lane.bytes_per_s)
     limits = ProfileLimits(
         settings.profile_s, settings.profile_stretch, settings.max_sequences, settings.max_step_tokens

@@ -64,7 +64,9 @@ class WorkerSettings(ServiceSettings):
     ucx_net_devices: str = Field("", description="Interfaces that UCX may use; empty: its choice, `lo` on loopback.")
     ucx_tls: str = Field("", description="Transports that UCX may use, as in UCX_TLS; empty: its choice.")
     link_bytes_per_s: int = Field(0, ge=0, description="What the network carries each way; 0: measured at start.")
-    slow_link_bytes_per_s: float = Field(0.5e9, ge=0, description="A lane measured slower than this is warned of.")
+    slow_link_bytes_per_s: float = Field(
+        0.0, ge=0, description="A lane measured slower than this is warned of; 0: 500 MB/s for a GPU's, 50 MB/s else."
+    )
     lane_probes: int = Field(8, ge=0, description="Most lanes to other workers measured in a minute; 0: none.")
     profile_s: float = Field(
         3.0, ge=0, description="Longest time spent at start to measure prefill beside decodes; 0: not measured."
@@ -102,6 +104,10 @@ class WorkerSettings(ServiceSettings):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no migration mode: kv, tokens and hybrid are")
         return self
+
+    def slow_lane(self, device: str) -> float:
+        """Return below which speed the lanes of a worker with this device are warned of, in bytes per second."""
+        return self.slow_link_bytes_per_s or (0.5e9 if device.startswith("cuda") else 50e6)
 
     @property
     def public_model(self) -> str:

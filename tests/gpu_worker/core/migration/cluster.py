@@ -75,6 +75,8 @@ class Node:
         self.engine = fake_engine(config.spec.kv_blocks)
         self.cluster = cluster
         self.ends: dict[str, End] = {}
+        self.computed: list[tuple[str, int, int]] = []
+        """(sequence, start, count) of every row of every step."""
         self.exited = False
         self._woken_us: int | None = None
 
@@ -107,6 +109,7 @@ class Node:
             case Reply(reply_to, message):
                 network.reply(reply_to, type(message).__name__, self.name, _wired(WORKER_REPLY, message))
             case RunStep(rows):
+                self.computed += [(row.sequence, row.start, row.count) for row in rows]
                 prefill = sum(row.count for row in rows if row.count > 1)
                 network.later(STEP_US + PREFILL_TOKEN_US * prefill, lambda: self._finish_step(command))
             case PublishTokens(_, message):
@@ -309,12 +312,13 @@ class Cluster:
     def migrate(self, name: str, target: str, mode: str = "kv", **changes: Any) -> str:
         """Order a move of a sequence from where it is; returns the migration's id."""
         owner, generation = self.owner(name)
+        self.replies: list[WorkerReply] = []
         self.moves += 1
+        if owner is None:
+            return ""
         fields = {"split_tokens": 8, "reason": "manual", "term": 1, "migration": f"m{self.moves}"} | changes
         order = Migrate(sequence=name, generation=generation, target=target, mode=mode, **fields)
-        self.replies: list[WorkerReply] = []
-        if owner is not None:
-            self.ask_worker(Asker("scheduler", self.replies.append, lambda _: None), owner, order, SECOND_US)
+        self.ask_worker(Asker("scheduler", self.replies.append, lambda _: None), owner, order, SECOND_US)
         return order.migration
 
     def kill(self, name: str) -> None:

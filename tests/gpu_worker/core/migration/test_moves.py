@@ -33,9 +33,9 @@ from mell_shared.messages.worker import (
     MigrateAccepted,
     MigrateRefused,
     ReleaseKv,
-    ReserveKv,
     Resend,
     ResendDone,
+    ReserveKv,
     Submit,
     SubmitAccepted,
     SubmitRefused,
@@ -333,6 +333,27 @@ def test_a_commit_waits_for_the_last_round_and_for_nothing_else() -> None:
     assert target.step.rows[0].start == 16
 
 
+def test_a_commit_waits_for_the_step_under_way() -> None:
+    """While the target prefills for it, its blocks are being written: it runs from the next step on."""
+    target = world(max_step_tokens=8)
+    held(target, reserve(mode="tokens"))
+    assert target.step is not None
+    assert not target.tell(CommandReceived(commit(sent_slots=[]), "commit"))
+    assert only(AskFrontend, target.finish_step())
+    assert [(row.start, row.count) for row in target.step.rows] == [(8, 8)]
+
+
+def test_a_commit_waits_for_prefill_before_what_was_sent() -> None:
+    """A hole before the blocks that came would make them worthless: the part split off is computed first."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="hybrid", split_tokens=12, prompt=LONG[:22]))
+    target.tell(RoundArrived("m1", (3, 4, 5)))
+    told = target.tell(CommandReceived(commit(sent_slots=[3, 4, 5], computed_tokens=24), "commit"))
+    assert not only(AskFrontend, told + target.finish_step())
+    assert only(AskFrontend, target.finish_step())
+    assert [(row.start, row.count) for row in target.step.rows] == [(24, 1)]
+
+
 def test_a_repeated_commit_gets_the_same_answer() -> None:
     """While the frontend is asked the last one waits; afterwards each gets what was decided."""
     target = world()
@@ -346,6 +367,19 @@ def test_a_repeated_commit_gets_the_same_answer() -> None:
     target.tell(LinkClosed("m1"))
     target.run()
     assert target.ask(commit()) == CommitGranted(generation=2)
+
+
+def test_a_release_does_not_drop_a_claim_under_way() -> None:
+    """It may have been granted already: only the frontend's answer decides."""
+    target = world()
+    held(target)
+    target.tell(RoundArrived("m1", (0, 1, 2, 3)))
+    (ask,) = only(AskFrontend, target.tell(CommandReceived(commit(), "commit")))
+    assert target.ask(ReleaseKv(migration="m1")) == KvReleased()
+    target.tell(FrontendAnswered("f1", ask.message, Granted(generation=2, accepted=3)))
+    target.tell(LinkClosed("m1"))
+    target.run()
+    assert len(target.output(generation=2)) == 17, "it has three of its twenty outputs from its source"
 
 
 def test_a_refused_claim_frees_everything_and_publishes_nothing() -> None:
@@ -497,8 +531,14 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     assert not any(isinstance(e, SequenceFinished) and e.reason != "cancelled" for e in cluster.events)
 
 
-@MODES
-@pytest.mark.parametrize("slow", ["KvReserved", "OpenLink", "SendBlocks", "CaughtUp"])
+@pytest.mark.parametrize(
+    ("mode", "slow"),
+    [
+        *(("kv", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks")),
+        *(("tokens", slow) for slow in ("KvReserved", "CaughtUp")),
+        *(("hybrid", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks", "CaughtUp")),
+    ],
+)
 def test_a_sequence_that_is_preempted_in_mid_copy_stays(mode: str, slow: str) -> None:
     """The move is called off, blocks being sent come free a moment later, and the sequence comes back where it was."""
     cluster = Cluster(kv_blocks=40, max_step_tokens=8)
