@@ -230,6 +230,37 @@ def test_only_the_leader_answers_operators() -> None:
     run_virtually(main())
 
 
+def test_a_pause_outlasts_its_leader() -> None:
+    """A standby has heard of it; and of its end."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            first = stage.scheduler("s1", lease=True)
+            await asyncio.sleep(1.0)
+            second = stage.scheduler("s2", lease=True)
+            await asyncio.sleep(1.0)
+            bus = stage.bus()
+            assert await ask(bus, MovingRequest(paused=True)) == MovingReply(paused=True)
+            first.stop.set()
+            await first.task
+            await asyncio.sleep(3.0)
+            status = await ask(bus, StatusRequest())
+            assert isinstance(status, Status)
+            assert (status.scheduler, status.moves_paused) == ("s2", True)
+            third = stage.scheduler("s3", lease=True)
+            await asyncio.sleep(1.0)
+            await ask(bus, MovingRequest(paused=False))
+            second.stop.set()
+            await second.task
+            await asyncio.sleep(3.0)
+            status = await ask(bus, StatusRequest())
+            assert isinstance(status, Status)
+            assert (status.scheduler, status.moves_paused) == ("s3", False)
+            third.stop.set()
+
+    run_virtually(main())
+
+
 def test_a_new_leader_goes_on_with_a_drain() -> None:
     """The worker's reports say that it drains: nobody has to order it again."""
 
