@@ -7,7 +7,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,7 +78,7 @@ def read_trace(source: str) -> Workload:
         if data.startswith(_GZIP_MAGIC):
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"cannot read {name}: {error}") from error
     label = "-" if source == "-" else Path(source).name
     return _workload(label, name, parse_rows(name, text))
@@ -89,13 +91,20 @@ def parse_rows(name: str, text: str) -> Iterator[_Row]:
         raise TraceError(f"{name} is empty: expected a header line and one row per request")
     if first.startswith("{"):
         return _mooncake_rows(name, text)
-    header = [column.strip() for column in next(csv.reader([first]))]
+    header = _header(name, first)
     for columns in _DIALECTS:
         if {columns.arrival, columns.prompt, columns.output} <= set(header):
             return _csv_rows(name, text, columns)
     raise _Place(name, 1).error(
         "header", "arrival_s,prompt_tokens,output_tokens or TIMESTAMP,ContextTokens,GeneratedTokens", first
     )
+
+
+def _header(name: str, line: str) -> list[str]:
+    try:
+        return [column.strip() for column in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise TraceError(f"{name}, line 1: not valid CSV: {error}") from error
 
 
 def _csv_rows(name: str, text: str, columns: _Columns) -> Iterator[_Row]:
@@ -140,7 +149,7 @@ def _mooncake_rows(name: str, text: str) -> Iterator[_Row]:
             place = _Place(name, number)
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise place.error("1", "a JSON object", line[:60]) from None
             yield _mooncake_row(place, record)
 
@@ -149,7 +158,7 @@ def _mooncake_row(place: _Place, record: object) -> _Row:
     if not isinstance(record, dict):
         raise place.error("1", "a JSON object", record)
     timestamp = record.get("timestamp")
-    if not isinstance(timestamp, int | float) or isinstance(timestamp, bool):
+    if not isinstance(timestamp, int | float) or isinstance(timestamp, bool) or not math.isfinite(timestamp):
         raise place.error("timestamp", "milliseconds", timestamp)
     hash_ids = record.get("hash_ids", [])
     if not isinstance(hash_ids, list) or not all(isinstance(h, int) for h in hash_ids):
