@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from mell_frontend.stream import claims
-from tests.cluster.protocol.state import FRONTEND, TOKENS, Claimed, Draft, Front, Ids
+from tests.cluster.protocol.state import FRONTEND, Claimed, Draft, Front, Ids
 
 MOST_ABORTED = 8
 
@@ -70,7 +70,7 @@ def tokens(draft: Draft, worker: int, generation: int, base: int, ids: Ids) -> b
     if ids[:known] != front.output_ids or "hole" in ids:
         raise WrongTextError(f"{ids} is accepted after {front.output_ids}")
     draft.front = front._replace(output_ids=ids)
-    if len(ids) >= TOKENS:
+    if len(ids) >= draft.left.tokens:
         draft.front = end(draft.front)
     return True
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from mell_gpu_worker.core.migration.tables import SourcePhase, Standing, TargetPhase
 
-TOKENS = 3
-"""The request is over after so many."""
 FRONTEND = 9
 """Stands among the workers' numbers for the frontend."""
 NOBODY = -1
@@ -28,10 +26,9 @@ class Run(NamedTuple):
     halted: bool = False
     in_step: bool = False
 
-    @property
-    def live(self) -> bool:
-        """Whether it holds blocks."""
-        return len(self.ids) < TOKENS
+    def live(self, tokens: int) -> bool:
+        """Whether it goes on, and so holds blocks; it is over after `tokens` tokens."""
+        return len(self.ids) < tokens
 
 
 class Worker(NamedTuple):
@@ -95,8 +92,9 @@ class Front(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What may still happen."""
+    """What may still happen; `tokens`: after how many the request is over."""
 
+    tokens: int
     moves: int
     suspicions: int
     cancels: int

@@ -1,6 +1,7 @@
 """Forgets what can have no effect any more, so that states that will do the same are the same."""
 
 from mell_gpu_worker.core.migration.tables import TargetPhase
+from tests.cluster.protocol import frontend
 from tests.cluster.protocol.state import Draft, Front, Message
 
 _QUESTIONS = {
@@ -32,7 +33,7 @@ def _matters(draft: Draft, message: Message) -> bool:
     front = draft.front
     match kind:
         case "tokens":
-            return not front.ended and rest[0] == front.generation
+            return not front.ended and frontend.from_owner(front, message[1], rest[0])
         case "drop":
             worker = draft.workers[receiver]
             return worker.newest < rest[0] or (worker.run is not None and worker.run.generation == rest[0])

@@ -315,6 +315,10 @@ def _unrest(process: Process) -> list[str]:
         case FrontendProcess(core=core):
             return [f"has {core.open_sequences} open sequences"] if core.open_sequences else []
         case SchedulerProcess(core=core) if core is not None:
-            counts = {"queued": len(core.waiting), "charged": len(core.ledger.sequences), "moving": len(core.ledger.moving)}
+            counts = {
+                "queued": len(core.waiting),
+                "charged": len(core.ledger.sequences),
+                "moving": len(core.ledger.moving),
+            }
             return [f"{count} sequences are {what}" for what, count in counts.items() if count]
     return []
