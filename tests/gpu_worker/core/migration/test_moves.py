@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.commands import AskFrontend, AskPeer, CloseLink, OfferKv, PublishEvent, Reply
+from mell_gpu_worker.core.commands import (
+    AskFrontend,
+    AskPeer,
+    CloseLink,
+    OfferKv,
+    OpenLink,
+    PublishEvent,
+    Reply,
+    SendBlocks,
+)
 from mell_gpu_worker.core.events import (
     AskFailure,
     CommandReceived,
@@ -12,6 +21,7 @@ from mell_gpu_worker.core.events import (
     FrontendUnanswered,
     KvOffered,
     LinkClosed,
+    LinkOpened,
     PeerAnswered,
     PeerUnanswered,
     RoundArrived,
@@ -537,6 +547,26 @@ def test_only_the_answer_to_the_open_question_counts() -> None:
     source.tell(PeerAnswered("w2", extending.message, CaughtUp(computed_tokens=5)))
     source.finish_step()
     assert isinstance(asked_of_peer(source)[-1].message, CommitMigration)
+
+
+def test_a_target_that_does_not_get_on_is_told_to_stop_and_sent_the_rest() -> None:
+    """After a few answers without progress it prefills no further; what it has by then is not sent."""
+    source = world()
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="there", secret=b"s", size_bytes=99, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    goals = []
+    for computed in (4, 4, 4, 4, 4, 5):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        goals.append(question.prefill_tokens)
+        told = source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=computed)))
+    assert goals == [10, 10, 10, 10, 10, 0]
+    assert only(OpenLink, told) == [OpenLink("m1", "there", b"s", 99, MoveLimits().link_us)]
+    (send,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
+    assert [slot for slot, _ in send.blocks] == [1, 2]
 
 
 @pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
