@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench docker-test gpu-test clean
+.PHONY: venv up test check format docs bench fuzz soak-overload docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -38,6 +38,14 @@ docs: venv
 
 bench: venv
 	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks
+
+# FACTOR times as many inputs as within `make test`; prints how many were tried of what.
+FACTOR ?= 100
+fuzz: venv
+	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest --timeout 0 $(ARGS) tests/fuzz
+
+soak-overload: venv
+	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests
