@@ -95,7 +95,7 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     """Return the 400 for a body that is JSON but not the request it should be; names the first wrong field."""
     fault = error.errors(include_url=False)[0]
     param = _path(fault["loc"], body, missing=fault["type"] == "missing")
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace(" after validation", "")
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         param, message = _wrong_tag(param, fault)
     place = f"{param}: " if param else ""

@@ -40,6 +40,11 @@ class FrontendSettings(ServiceSettings):
     tokens_per_minute: int = Field(
         0, ge=0, lt=2**31, description="Of each key without its own limit, prompt and output; 0: any."
     )
+    admin_key: str = Field(
+        "",
+        repr=False,
+        description="Bearer key for `/admin`, or `sha256:HEX` of it; none: only this machine itself may ask there.",
+    )
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")

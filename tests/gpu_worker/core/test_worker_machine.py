@@ -17,7 +17,17 @@ from mell_gpu_worker.core.farewell import Stage
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.frontend import StreamStatusReply
 from mell_shared.messages.scheduler import WorkerLeft
-from mell_shared.messages.worker import Cancel, Report, Resend, Submit, SubmitAccepted, SubmitRefused, WorkerReply
+from mell_shared.messages.worker import (
+    Cancel,
+    Drain,
+    Report,
+    Resend,
+    Submit,
+    SubmitAccepted,
+    SubmitRefused,
+    Undrain,
+    WorkerReply,
+)
 
 from .worlds import SECOND_US, CoreWorld, asked, only, rows_of, submit
 
@@ -123,6 +133,19 @@ class WorkerMachine(RuleBasedStateMachine):
     def report(self) -> None:
         """A new leader asks."""
         self.world.tell(CommandReceived(Report()))
+
+    @rule(deadline_s=st.none() | st.sampled_from([0.0, 1.5]))
+    def drain(self, deadline_s: float | None) -> None:
+        """The scheduler empties the worker, perhaps at once."""
+        self.world.ask(Drain(term=1, deadline_s=deadline_s))
+        assert self.world.core.draining
+        assert deadline_s != 0 or not self.world.core._residents.live
+
+    @rule()
+    def undrain(self) -> None:
+        """The worker is wanted again."""
+        self.world.ask(Undrain(term=1))
+        assert not self.world.core.draining
 
     def teardown(self) -> None:
         """Told to stop, the worker always ends, having published nothing but the right text."""

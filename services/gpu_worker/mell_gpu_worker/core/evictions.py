@@ -1,6 +1,7 @@
-"""Sequences given back to their frontends at the end: sent, repeated a few times, then left to the frontends."""
+"""Sequences given back to their frontends: sent, repeated a few times, then left to the frontends."""
 
-from mell_gpu_worker.core.commands import SendEvicted
+from mell_gpu_worker.core.commands import Command, SendEvicted
+from mell_gpu_worker.core.residents import Residents
 from mell_gpu_worker.core.sequence import Sequence
 from mell_shared.messages.frontend import Evicted
 
@@ -17,6 +18,15 @@ class Evictions:
 
     def __bool__(self) -> bool:
         return bool(self._open)
+
+    def give_back(self, residents: Residents, now_us: int) -> list[Command]:
+        """Give back whatever has not ended; nothing of it is kept but its key."""
+        said: list[Command] = []
+        for sequence in residents.live:
+            said.append(self.send(sequence))
+            residents.batcher.end(sequence)
+            residents.streams.forget(sequence, now_us)
+        return said
 
     def send(self, sequence: Sequence) -> SendEvicted:
         """Give `sequence` back, with all it generated."""

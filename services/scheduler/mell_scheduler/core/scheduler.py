@@ -7,6 +7,7 @@ from mell_scheduler.core.intake import Intake
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.liveness import Liveness
 from mell_scheduler.core.migrations import Migrations
+from mell_scheduler.core.operator import Operator
 from mell_scheduler.core.proof import check_ledger
 from mell_scheduler.core.records import WorkerRecord
 from mell_scheduler.core.scaling import Scaling
@@ -20,6 +21,7 @@ from mell_scheduler.core.values import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    OperatorAsked,
     PlaceRequested,
     Reply,
     Tick,
@@ -28,6 +30,7 @@ from mell_scheduler.core.waiting import Waiting, WaitingQueue
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     Placed,
@@ -58,18 +61,25 @@ class SchedulerCore:
         self.scaling = Scaling(self.ledger, self.waiting, policy)
         self._intake = Intake(self.ledger, policy, settings)
         self._migrations = Migrations(self.ledger, policy, settings)
+        self._operator = Operator(self.ledger, self.waiting, policy, self._migrations, settings)
         self._liveness = Liveness(self.ledger, settings)
         self._completions = Completions()
         self._admission = Admission(self.ledger, settings, now_us)
         self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
-        self._now_us = now_us
-        self._epoch_us = now_us + 2 * settings.report_interval_us
+        self._heard_all_us = now_us + 2 * settings.report_interval_us
+        self._now_us = self.ledger.now_us = now_us
+        self._epoch_us = self._heard_all_us
         """When moves are planned next: never before everybody should have been heard."""
+
+    @property
+    def moves_paused(self) -> bool:
+        """Whether an operator wants no moves to be planned."""
+        return self._migrations.paused
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
         """Take one event; return what to do, in order."""
         assert now_us >= self._now_us, "time does not run backwards"
-        self._now_us = now_us
+        self._now_us = self.ledger.now_us = now_us
         commands: list[Command]
         match event:
             case WorkerReport():
@@ -84,10 +94,11 @@ class SchedulerCore:
                 commands = self._joined(event)
             case WorkerLeft():
                 commands = self._left(event)
-            case MigrationCommitted():
-                commands = self._serve_if(self._migrations.committed(event, now_us))
-            case MigrationFailed():
-                commands = self._serve_if(self._migrations.failed(event, now_us))
+            case MigrationCommitted() | MigrationFailed() | LaneMeasured():
+                commands = self._heard_of_moving(event)
+            case OperatorAsked():
+                heard_all = now_us >= self._heard_all_us
+                commands = self._operator.ask(event.handle, event.request, now_us, heard_all=heard_all)
             case LeadershipTaken():
                 self._migrations.term = event.term
                 commands = [AskReport(None)]
@@ -97,7 +108,18 @@ class SchedulerCore:
                 self._liveness.pardon(now_us)
                 commands = [AskReport(None)]
         settled, self.ledger.settled = self.ledger.settled, []
-        return [*settled, *commands]
+        return [*settled, *self._operator.settle(settled), *commands] if settled else commands
+
+    def _heard_of_moving(self, event: MigrationCommitted | MigrationFailed | LaneMeasured) -> list[Command]:
+        """A move has come out, or could be told better."""
+        match event:
+            case MigrationCommitted():
+                return self._serve_if(self._migrations.committed(event, self._now_us))
+            case MigrationFailed():
+                return self._serve_if(self._migrations.failed(event, self._now_us))
+            case LaneMeasured():
+                self._migrations.measured(event)
+                return []
 
     # --- workers
 
@@ -117,7 +139,7 @@ class SchedulerCore:
         self._liveness.bury(event.worker, None if worker is None else worker.number, self._now_us, left=True)
         if worker is None:
             return []
-        self.ledger.remove(worker, self._now_us)
+        self.ledger.remove(worker, self._now_us, left=True)
         return [Announce(event.worker, "left", event.reason), *self._serve(worker.spec.model)]
 
     def _reported(self, report: WorkerReport) -> list[Command]:
@@ -231,7 +253,7 @@ class SchedulerCore:
             commands += self._serve(model)
         for entry in self.waiting.held_too_long(self._now_us):
             commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
-        return commands + self._epoch()
+        return [*commands, *self._operator.passed(self._now_us), *self._epoch()]
 
     def _epoch(self) -> list[Command]:
         """The moves of an epoch, when one is due, and how many workers there should be."""
@@ -244,7 +266,8 @@ class SchedulerCore:
 
     def _ended(self) -> list[Command]:
         """Whoever waits asks again at once, and so reaches the next leader."""
-        return [entry.answer(Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
+        waiting = [entry.answer(Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
+        return [*waiting, *self._operator.ended()]
 
     # --- proof
 

@@ -22,6 +22,10 @@ class Waiting:
         self.hold_until_us = 0
         self.renewed_us = 0
 
+    def waited_us(self, now_us: int) -> int:
+        """How long it has waited, at any scheduler."""
+        return now_us - self.key[1]
+
     def answer(self, reply: PlaceReply) -> Reply:
         """Answer the ask that is held; only once for each."""
         assert self.handle is not None, "somebody asks"
@@ -46,6 +50,10 @@ class WaitingQueue:
     def get(self, sequence: str) -> Waiting | None:
         """The waiting request of a sequence."""
         return self._by_sequence.get(sequence)
+
+    def everybody(self) -> list[Waiting]:
+        """All, in order of first arrival."""
+        return list(self._by_sequence.values())
 
     def asking(self) -> list[Waiting]:
         """Those whose frontend awaits a reply, in order of first arrival."""
