@@ -101,7 +101,9 @@ async def _serve() -> dict[str, list[int]]:
             transport = wires.transport(TransportOptions(hello_timeout_s=1.0), lambda *_: None)
             engine = make_engine(settings.engine_options)
             around = {"transport": transport, "lanes": NO_LANES}
-            await stack.enter_async_context(running_worker(stage.bus(), engine, loop, settings, PacedRunner, **around))
+            await stack.enter_async_context(
+                running_worker(stage.bus(), engine, loop, settings, PacedRunner, **around)
+            )
         gateway = BusGateway(stage.bus(), SUBJECTS, FrontendCore("f1-1"), loop)
         stage.tasks.append(stage.group.create_task(gateway.run()))
         await asyncio.sleep(3.0)

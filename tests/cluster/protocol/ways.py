@@ -407,3 +407,4 @@ def _cut_off(state: State, pair: frozenset[int]) -> Draft:
         if pair == _ends(out, move):
             fail_link(draft, migration)
     return draft
+
