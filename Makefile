@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench bench-gpu docker-test gpu-test clean
+.PHONY: venv up test check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -42,6 +42,14 @@ bench: venv
 
 bench-gpu: venv
 	$(BIN)/python -m pytest -m "benchmark and gpu" -s $(ARGS) tests/benchmarks
+
+# FACTOR times as many inputs as within `make test`; prints how many were tried of what.
+FACTOR ?= 100
+fuzz: venv
+	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest --timeout 0 $(ARGS) tests/fuzz
+
+soak-overload: venv
+	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests
