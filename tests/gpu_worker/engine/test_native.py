@@ -76,6 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def runner_of(engine: TorchEngine) -> StepRunner:
+    """Look inside: which path serves."""
     return engine._open().runner
 
 
@@ -85,7 +86,7 @@ def runner_of(engine: TorchEngine) -> StepRunner:
 def test_greedy_output_of_any_mix_equals_generate_alone(
     name: str, threads: int, models: Made, make_engine: MakeEngine
 ) -> None:
-    """Ragged and chunked prefill, shared prefixes and preemption in C++ give the tokens of `generate` for each alone."""
+    """Chunked prefill, shared prefixes and preemption in C++ give the tokens of `generate` for each alone."""
     folder, model = models(name)
     engine = make_engine(folder, compile="auto", threads=threads, block_tokens=4, kv_blocks=240)
     assert isinstance(runner_of(engine), NativeRunner)
@@ -123,7 +124,9 @@ def test_numbers_do_not_depend_on_the_mix(name: str, models: Made, make_engine: 
         whole = last(one, [rows([0], [(0, 150)])])
         token_by_token = last(one, [rows([0], [(i, 1)]) for i in range(150)])
         others = [(0, 9), (0, 67), (0, 101)]
-        mixed = last(three, [rows([0, 1, 2, 3], [(0, 83), *others]), rows([0], [(83, 66)]), rows([0, 2], [(149, 1), (66, 1)])])
+        mixed = last(
+            three, [rows([0, 1, 2, 3], [(0, 83), *others]), rows([0], [(83, 66)]), rows([0, 2], [(149, 1), (66, 1)])]
+        )
     assert torch.equal(whole, token_by_token)
     assert torch.equal(whole, mixed)
 
@@ -235,7 +238,7 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     compiler.write_text("#!/bin/sh\necho 'x.h:1: fatal error: no omp.h' >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(NativeUnavailableError, match="fatal error: no omp.h"):
+    with pytest.raises(NativeUnavailableError, match=r"fatal error: no omp\.h"):
         load_library(tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.so"))
 
@@ -246,7 +249,7 @@ def test_several_processes_build_once(tmp_path: Path) -> None:
     """Workers that start together wait for one build, and all can use it."""
     counting = tmp_path / "compiler"
     real = next(filter(None, map(build.shutil.which, build._COMPILERS)))
-    counting.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec {real} -O0 "$@"\n')
+    counting.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec {real} "$@" -O0\n')
     counting.chmod(0o755)
     code = (
         "import sys; from pathlib import Path; from mell_gpu_worker.engine.native.build import load_library; "

@@ -127,15 +127,18 @@ def checked_runner(model: Any, shape: KvShape, device: torch.device, options: En
     backend = choose_backend(device)
     recorder = KindRecorder(backend)
     check.require_equal(lambda pool: Runner(model, pool, recorder), shape)
-    try:
-        if options.compile == "off":
-            raise NativeUnavailableError("switched off (--compile off)")
-        make_runner = native_runner(model, shape, device, recorder.kinds, check)
-    except NativeUnavailableError as reason:
-        structlog.get_logger().info("steps_in_python", reason=str(reason))
-        return lambda pool: Runner(model, pool, backend)
-    structlog.get_logger().info("steps_in_cpp")
-    return make_runner
+    log = structlog.get_logger()
+    reason = "switched off (--compile off)"
+    if options.compile == "auto":
+        try:
+            make_native = native_runner(model, shape, device, recorder.kinds, check)
+        except NativeUnavailableError as unavailable:
+            reason = str(unavailable)
+        else:
+            log.info("steps_in_cpp")
+            return make_native
+    log.info("steps_in_python", reason=reason)
+    return lambda pool: Runner(model, pool, backend)
 
 
 def choose_backend(device: torch.device) -> AttentionBackend:

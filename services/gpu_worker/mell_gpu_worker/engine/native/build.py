@@ -1,7 +1,7 @@
 """Compiles the C++ beside this file into a cache folder, once a machine, and loads it.
 
 A plain C interface instead of a torch extension: no torch headers, so it builds in seconds and does not depend on
-torch's version. OpenMP is the one that torch has loaded already (the same library name), so there is one set of threads.
+torch's version. OpenMP is the one that torch has loaded already (the same library name): one set of threads.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ def _find_compiler() -> str:
 def _digest(compiler: str) -> str:
     """Return what tells builds apart: sources, flags, compiler, processor (a home folder may be shared by machines)."""
     digest = hashlib.sha256(f"{_FLAGS} {compiler} {Path(compiler).stat().st_mtime_ns} {_processor()}".encode())
-    for file in sorted(_SOURCE.parent.glob("*.h")) + [_SOURCE]:
+    for file in [*sorted(_SOURCE.parent.glob("*.h")), _SOURCE]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:24]
 
