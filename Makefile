@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench docker-test gpu-test clean
+.PHONY: venv up test check format docs bench bench-gpu docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 up: venv
 	$(BIN)/mell up $(ARGS)
 
+# Only all tests together can be held to the coverage that pyproject.toml asks for.
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),--cov)
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -37,13 +38,16 @@ docs: venv
 	$(BIN)/python docs/generate_configuration.py
 
 bench: venv
-	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks
+	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks
+
+bench-gpu: venv
+	$(BIN)/python -m pytest -m "benchmark and gpu" -s $(ARGS) tests/benchmarks
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests
 
 gpu-test: venv
-	$(BIN)/python -m pytest -m gpu $(ARGS) tests
+	$(BIN)/python -m pytest -m "gpu and not benchmark" $(ARGS) tests
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

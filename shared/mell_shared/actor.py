@@ -49,15 +49,19 @@ class Actor(Generic[Item]):
             await self._emptied.wait()
         self.post(item)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` beside the loop; it is cancelled when the actor stops, and not begun once it has stopped."""
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Run `work` beside the loop; it is cancelled when the actor stops, and not begun once it has stopped.
+
+        The task is the caller's to cancel early; None if the actor has stopped.
+        """
         if self._group is None:
             assert self._stopping, "the actor runs"
             work.close()
-            return
+            return None
         task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def every(self, interval_s: float, make: Callable[[], Item]) -> None:
         """Post what `make` returns now and after each interval; a full mailbox misses it."""

@@ -29,6 +29,10 @@ class BrokerUnreachableError(BusError):
     """No connection could be made at start; the message is one line that says what to do."""
 
 
+class BrokerForbidsError(BrokerUnreachableError):
+    """The broker does not let this user do what its service needs; the message is one line that says what to do."""
+
+
 class PayloadTooLargeError(BusError):
     """The message is larger than the connected server takes; nothing was sent."""
 
@@ -77,6 +81,8 @@ class BusStats:
     dropped: int = 0
     """Deliveries dropped because a subscription's queue was full (a slow consumer)."""
     reconnections: int = 0
+    forbidden: int = 0
+    """Publications and subscriptions that the broker did not let this user make."""
     errors: dict[str, int] = field(default_factory=dict)
 
 
@@ -130,7 +136,8 @@ class Bus(Protocol):
         """Deliver `subject` (`*` and a final `>` match) to `handler`; on return the broker knows of it.
 
         `queue` shares it among members. Beyond `max_pending` waiting deliveries new ones are dropped and counted.
-        Raises `BusClosedError`, `InvalidSubjectError`, and `RequestTimeoutError` if the broker does not confirm it.
+        Raises `BusClosedError`, `InvalidSubjectError`, `RequestTimeoutError` if the broker does not confirm it, and
+        `BrokerForbidsError` if it does not let us.
         """
         ...
 

@@ -30,6 +30,7 @@ class BusCollector(Collector):
         yield GaugeMetricFamily("mell_bus_connected", "1 while connected to the broker.", int(self._bus.connected))
         yield CounterMetricFamily("mell_bus_dropped", "Deliveries dropped: the consumer was slow.", stats.dropped)
         yield CounterMetricFamily("mell_bus_reconnections", "Connections made again.", stats.reconnections)
+        yield CounterMetricFamily("mell_bus_forbidden", "What the broker did not let this user do.", stats.forbidden)
         errors = CounterMetricFamily("mell_bus_errors", "Errors of the connection.", labels=["error"])
         for name, count in sorted(stats.errors.items()):
             errors.add_metric([name], count)

@@ -1,10 +1,12 @@
 """The bus on NATS; the only module that imports nats-py, and the one that knows where its behaviour must be bent."""
 
 import asyncio
+import re
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
+import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
@@ -15,7 +17,9 @@ from nats.errors import (
 )
 from nats.errors import TimeoutError as NatsTimeoutError
 
+from mell_shared.broker_access import BrokerAccess
 from mell_shared.bus import (
+    BrokerForbidsError,
     BrokerUnreachableError,
     BusClosedError,
     BusError,
@@ -38,10 +42,16 @@ _MAX_UNSENT_BYTES = 32 * 2**20
 _MAX_BURST_MESSAGES = 65_536
 """nats-py's own queue, emptied into ours after each read from the socket; ours is the one that bounds."""
 _CLOSE_TIMEOUT_S = 2.0
+_FORBIDDEN = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 
 
 class _Client(Client):
-    """nats-py's client with two repairs: pings keep their place, and a dead connection is given up at once."""
+    """nats-py's client with three repairs.
+
+    Pings keep their place, a dead connection is given up at once, and where TLS is wanted nothing goes without it.
+    """
+
+    tls_wanted = False
 
     def abort(self) -> None:
         """Drop the socket now; nothing on one that is closed."""
@@ -57,6 +67,12 @@ class _Client(Client):
             self._pending_data_size = 0
         await super()._send_ping(future)
 
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # Else whoever stands between could leave TLS out of the greeting, and would be sent the password.
+        if initial_connection and self.tls_wanted and not info.get("tls_required"):
+            raise Error("nats: the broker offers no TLS")
+        await super()._process_info(info, initial_connection)
+
     async def _process_op_err(self, e: Exception) -> None:
         # Else the reconnection waits until the dead connection has been emptied, which it never is.
         if self.is_connected:
@@ -70,21 +86,27 @@ class NatsBus:
     def __init__(self, url: str) -> None:
         self._url = url
         self._client = _Client()
+        self._forbidden: set[str] = set()
         self._deliveries = Deliveries()
         self._closing = False
 
     @classmethod
-    async def connect(cls, url: str, *, name: str = "mell", timeout_s: float = 5.0) -> Self:
+    async def connect(
+        cls, url: str, *, name: str = "mell", access: BrokerAccess | None = None, timeout_s: float = 5.0
+    ) -> Self:
         """Return a connection to the server at `url` (`nats://user:password@host:port`), named `name` there.
 
         Tries for `timeout_s`, then raises `BrokerUnreachableError` with one line that says what to do. Once connected
         it reconnects for ever.
         """
         _check_address(url)
+        access = access or BrokerAccess()
+        tls = access.tls_context() if access.wants_tls(url) else None
+        nkey = access.nkey_seed()
         bus, opened = cls(url), False
         try:
             async with asyncio.timeout(timeout_s):
-                await bus._open(name)
+                await bus._open({"name": name, "tls": tls, "nkeys_seed_str": nkey, "inbox_prefix": access.inbox_prefix})
             opened = True
         except (TimeoutError, Error) as error:
             raise BrokerUnreachableError(_unreachable(url, bus._client.last_error)) from error
@@ -165,6 +187,12 @@ class NatsBus:
         except BusError:
             await subscription.unsubscribe()  # else a later reconnection would bring it to life
             raise
+        if subject.lower() in self._forbidden:
+            await subscription.unsubscribe()
+            raise BrokerForbidsError(
+                f"the broker does not let this user subscribe to {subject}: "
+                "give it the permissions of its role (nats.conf), or another user in MELL_NATS_URL (--nats-url)"
+            )
         return subscription
 
     async def flush(self, timeout_s: float = 5.0) -> None:
@@ -191,10 +219,11 @@ class NatsBus:
             self._client.abort()
         await self._deliveries.close()
 
-    async def _open(self, name: str) -> None:
+    async def _open(self, own: dict[str, Any]) -> None:
+        self._client.tls_wanted = own["tls"] is not None
         await self._client.connect(
             self._url,
-            name=name,
+            **own,
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
@@ -214,6 +243,15 @@ class NatsBus:
         self._count(error)
         if isinstance(error, SlowConsumerError):
             self.stats.dropped += 1
+        if (forbidden := _FORBIDDEN.search(str(error))) is not None:
+            self._note_forbidden(*forbidden.groups())
+
+    def _note_forbidden(self, what: str, subject: str) -> None:
+        if what.lower() == "subscription":
+            self._forbidden.add(subject.lower())  # the client has made small letters of it
+        elif self.stats.forbidden == 0:
+            structlog.get_logger().warning("broker_forbids", subject=subject)
+        self.stats.forbidden += 1
 
     async def _on_disconnected(self) -> None:
         # nats-py would send what it had accepted but not yet written after the reconnection, however late.

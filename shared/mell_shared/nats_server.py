@@ -38,10 +38,12 @@ class NatsServer:
 
     Dies with the thread that started it (start it from the main thread), is not stopped by Ctrl-C on the terminal, so
     that services can say goodbye over it. Methods block, for milliseconds when all is well. Also a context manager.
+    `access` replaces what its configuration says of who may connect and how.
     """
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, folder: Path, port: int = 0, access: str = "") -> None:
         self._folder = folder
+        self._access = access
         self._port = port
         self._password = secrets.token_urlsafe(16)
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,7 +51,12 @@ class NatsServer:
     @property
     def url(self) -> str:
         """Where clients connect, user and password included."""
-        return f"nats://{_USER}:{self._password}@{_HOST}:{self._port}"
+        return f"nats://{_USER}:{self._password}@{self.address}"
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{_HOST}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -115,11 +122,12 @@ class NatsServer:
             "log_file": str(self._log),
             "ports_file_dir": str(self._folder),
             "jetstream": {"store_dir": str(self._folder / "jetstream")},
-            "authorization": {"user": _USER, "password": self._password},
         }
+        access = self._access or json.dumps({"authorization": {"user": _USER, "password": self._password}})[1:-1]
         self._config.unlink(missing_ok=True)
         with os.fdopen(os.open(self._config, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            json.dump(lines, file, indent=1)  # the server's own format takes JSON
+            file.writelines(f"{name}: {json.dumps(value)}\n" for name, value in lines.items())
+            file.write(access)
 
     def _await_ready(self, deadline_s: float) -> None:
         while not self._accepts():

@@ -36,6 +36,24 @@ def run_service(main: ServiceMain) -> None:
     except (ServiceError, BrokerUnreachableError) as error:
         sys.stderr.write(f"mell: {error}\n")
         raise SystemExit(1) from error
+    except ExceptionGroup as group:
+        # From a service's TaskGroup.
+        told = _foreseen(group)
+        if told is None:
+            raise
+        sys.stderr.write(f"mell: {told}\n")
+        raise SystemExit(1) from group
+
+
+def _foreseen(group: ExceptionGroup[Exception]) -> Exception | None:
+    """Return the first of a group's failures if a user can mend all of them, None if one is a bug."""
+    foreseen, bugs = group.split((ServiceError, BrokerUnreachableError))
+    if bugs is not None or foreseen is None:
+        return None
+    first: Exception = foreseen
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return first
 
 
 async def _until_stopped(main: ServiceMain) -> None:

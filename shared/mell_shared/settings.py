@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from mell_shared.broker_access import BrokerAccess, Role
+
 _SHOWN_INPUT_CHARS = 80
 
 
@@ -126,6 +128,16 @@ class ServiceSettings(CommandLineSettings):
     """What every service needs to know."""
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="Broker, with user and password if it asks for them.")
+    nats_nkey_seed_file: Path | None = Field(
+        None, description="File with the seed of an nkey to show the broker instead of a password."
+    )
+    nats_tls_ca: Path | None = Field(
+        None,
+        description="Authority that signed the broker's certificate; unset: the system's. A `tls://` address, "
+        "or any of these files: never without TLS.",
+    )
+    nats_tls_cert: Path | None = Field(None, description="Certificate to show the broker, if it asks for one.")
+    nats_tls_key: Path | None = Field(None, description="Its key; unset: in the same file.")
     subject_prefix: str = Field("mell", pattern=r"^[A-Za-z0-9_-]+$", description="First token of every subject.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
     log_format: Literal["auto", "json", "console"] = Field(
@@ -133,6 +145,16 @@ class ServiceSettings(CommandLineSettings):
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics and health over HTTP; 0: none.")
     metrics_host: str = Field("127.0.0.1", description="Interface of the metrics port.")
+
+    def broker_access(self, role: Role) -> BrokerAccess:
+        """Return how a service in this role shows the broker who it is."""
+        return BrokerAccess(
+            role=role,
+            nkey_seed_file=self.nats_nkey_seed_file,
+            tls_ca=self.nats_tls_ca,
+            tls_cert=self.nats_tls_cert,
+            tls_key=self.nats_tls_key,
+        )
 
 
 def _kind(annotation: Any) -> str:

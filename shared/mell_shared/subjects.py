@@ -52,6 +52,15 @@ class Subjects:
         """Commands for every worker at once (`Report` from a new leader); published."""
         return f"{self.prefix}.workers"
 
+    @property
+    def all_lanes(self) -> str:
+        """Greetings of new workers to all others, which may measure the lane to them; published."""
+        return f"{self.prefix}.workers.lanes"
+
+    def worker_lanes(self, worker: str) -> str:
+        """Requests to measure the lane to one worker incarnation; request/reply."""
+        return f"{self.prefix}.worker.{worker}.lanes"
+
     def frontend_tokens(self, frontend: str) -> str:
         """Generated tokens for one frontend; published, one message per engine step."""
         return f"{self.prefix}.frontend.{frontend}.tokens"
@@ -60,7 +69,6 @@ class Subjects:
         """Stream status, claims, evictions for one frontend; request/reply."""
         return f"{self.prefix}.frontend.{frontend}.control"
 
-    @property
-    def admin_status(self) -> str:
-        """What the leading scheduler knows of the cluster; request/reply."""
-        return f"{self.prefix}.admin.status"
+    def admin(self, kind: str) -> str:
+        """An operator's question or order of this kind (`*`: all); request/reply, to the leading scheduler."""
+        return f"{self.prefix}.admin.{kind}"

@@ -24,6 +24,7 @@ _QUICK = {
     "MELL_REPORT_INTERVAL_S": "0.2",
     "MELL_STATUS_INTERVAL_S": "0.2",
     "MELL_WORKER_SILENCE_S": "1.5",
+    "MELL_PROFILE_S": "0",
 }
 
 
@@ -87,11 +88,12 @@ class Service:
 class Stack:
     """The processes of one test with these `MELL_` settings; all are gone when the context is left."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK)) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK), access: str = "") -> None:
         self._folder = folder
         self._settings = dict(settings)
         self._services: list[Service] = []
-        self.broker = NatsServer(folder / "nats")
+        self._users: dict[str, str] = {}
+        self.broker = NatsServer(folder / "nats", access=access)
 
     def __enter__(self) -> "Stack":
         self.broker.start()
@@ -106,23 +108,29 @@ class Stack:
         for service in services:
             service.kill()
 
+    def log_in(self, module: str, user: str) -> None:
+        """Let the processes of a module connect as `user` (`name:password`) from now on."""
+        self._users[module] = user
+
     def start(self, module: str, *arguments: str) -> Service:
         """Start one more process."""
+        user = self._users.get(module)
+        url = f"nats://{user}@{self.broker.address}" if user else self.broker.url
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MELL_")}
-        environment |= self._settings | {"MELL_NATS_URL": self.broker.url}
+        environment |= self._settings | {"MELL_NATS_URL": url}
         log = self._folder / f"{len(self._services)}-{module}.log"
         service = Service(module, list(arguments), environment, log)
         self._services.append(service)
         return service
 
-    def start_scheduler(self) -> Service:
+    def start_scheduler(self, *flags: str) -> Service:
         """Start a scheduler."""
-        return self.start("mell_scheduler")
+        return self.start("mell_scheduler", *flags)
 
-    def start_worker(self, name: str, *, step_us: int = 10_000, kv_blocks: int = 256) -> Service:
+    def start_worker(self, name: str, *flags: str, step_us: int = 10_000, kv_blocks: int = 256) -> Service:
         """Start a worker whose steps take `step_us`."""
         limits = ["--max-model-len", "4096", "--kv-blocks", str(kv_blocks), "--fake-step-us", str(step_us)]
-        return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits)
+        return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits, *flags)
 
     def start_frontend(self) -> Service:
         """Start a frontend on a free port."""
@@ -156,8 +164,9 @@ def whole_text(client: httpx.Client, max_tokens: int) -> str:
 class StreamedChat:
     """One streamed answer, read chunk by chunk."""
 
-    def __init__(self, client: httpx.Client, max_tokens: int) -> None:
-        self._request = client.build_request("POST", "/v1/chat/completions", json=chat(max_tokens, stream=True))
+    def __init__(self, client: httpx.Client, max_tokens: int, **more: Any) -> None:
+        body = chat(max_tokens, stream=True, **more)
+        self._request = client.build_request("POST", "/v1/chat/completions", json=body)
         self._response = client.send(self._request, stream=True)
         assert self._response.status_code == 200, self._response.read()
         self._lines = self._response.iter_lines()

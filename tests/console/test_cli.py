@@ -33,12 +33,20 @@ def test_help_needs_no_service_and_no_extra() -> None:
     assert not heavy & loaded
 
 
-@pytest.mark.parametrize("command", ["up", "serve", "simulate", "model", "status", "doctor", "bench", "version"])
+@pytest.mark.parametrize("command", ["up", "serve", "simulate", "model", "status", "doctor", "bench", "key", "version"])
 def test_help_lists_every_command(command: str) -> None:
     """A user finds all commands from `mell --help`."""
     code, text = run("--help")
     assert code == 0
     assert f" {command} " in text
+
+
+def test_shells_complete_commands() -> None:
+    """The completion that `mell --install-completion` sets up knows the commands."""
+    code, text = run(_MELL_COMPLETE="complete_bash", COMP_WORDS="mell s", COMP_CWORD="1")
+    assert code == 0
+    assert {"serve", "simulate", "status"} <= set(text.split())
+    assert "doctor" not in text.split()
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,7 @@ def test_help_lists_every_command(command: str) -> None:
         (["status"], "--json"),
         (["doctor"], "--json"),
         (["model", "pull"], "NAME"),
+        (["key"], "--tokens-per-minute"),
     ],
 )
 def test_each_command_shows_its_settings(arguments: list[str], words: str) -> None:

@@ -66,6 +66,14 @@ def test_variables_of_single_services_are_passed_on() -> None:
     assert "MELL_METRICS_PORT" not in environment
 
 
+def test_services_give_their_streams_up_before_they_would_be_killed() -> None:
+    """The frontend's patience with running streams is shorter than the stack's with it, unless it is set."""
+    spec = launch("--stop-s", "10").frontend((plan(),))
+    assert float(spec.environment["MELL_STOP_DEADLINE_S"]) == 6
+    spec = launch("--stop-s", "10", MELL_STOP_DEADLINE_S="2").worker(plan(), 1)
+    assert spec.environment["MELL_STOP_DEADLINE_S"] == "2"
+
+
 def test_a_model_is_pulled_by_our_own_command_into_the_stack_s_folder() -> None:
     """The download runs as `mell model pull` in a process that can be ended, and tells its progress as JSON."""
     spec = launch("--model-dir", "/models").pull("org/model")

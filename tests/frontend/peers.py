@@ -68,7 +68,7 @@ class ScriptedScheduler:
     async def start(self) -> None:
         """Listen."""
         await self._bus.subscribe(SUBJECTS.place, self._place)
-        await self._bus.subscribe(SUBJECTS.admin_status, self._status)
+        await self._bus.subscribe(SUBJECTS.admin("status"), self._status)
 
     def first_worker(self, asked: PlaceRequest) -> PlaceReply:
         """Place on the first worker that is not excluded."""

@@ -7,11 +7,15 @@ from typing import Any
 import httpx
 import pytest
 
+from mell_frontend.allowance import Allowances
 from mell_frontend.asgi import Message, Receive, Scope, Send
 from mell_frontend.edge import Guard
 from mell_frontend.errors import ApiError
+from mell_frontend.key_store import KeyStore
+from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.settings import FrontendSettings
+from mell_shared.clock import SystemClock
 from tests.frontend.scripted_gateway import ScriptedGateway
 
 CHAT = "/v1/chat/completions"
@@ -207,6 +211,12 @@ async def test_wrong_legacy_requests(
     assert gateway.streams == []
 
 
+async def test_a_list_that_is_too_short_is_told_in_plain_words(client: httpx.AsyncClient) -> None:
+    """A conversation without messages says how many are needed, and nothing of how that was found out."""
+    response = await client.post(CHAT, json={**ASK, "messages": []})
+    assert checked(response, 400, "messages")["message"] == "messages: List should have at least 1 item, not 0."
+
+
 async def test_unknown_model(client: httpx.AsyncClient) -> None:
     """A model that is not served is a 404 that names those that are."""
     for url, body in ((CHAT, ASK), (LEGACY, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
@@ -273,18 +283,21 @@ async def test_a_large_body_is_not_kept() -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
+    keys = KeyStore([])
+    guard = Guard(read_all, settings, keys, Allowances(keys, Limits(), SystemClock()))
     sent: list[Message] = []
     scope: Scope = {
         "type": "http",
+        "method": "POST",
         "path": CHAT,
         "headers": [],
         "state": {"record": RequestRecord("r", "POST", CHAT, 0)},
     }
     with pytest.raises(ApiError, match="50000 bytes"):
-        await Guard(read_all, settings)(scope, receive, send)
+        await guard(scope, receive, send)
     assert (handed_on, chunks) == (50_000, [])
     scope["headers"] = [(b"content-length", b"1000000"), (b"expect", b"100-continue")]
-    await Guard(read_all, settings)(scope, receive, send)
+    await guard(scope, receive, send)
     assert handed_on == 50_000
     assert sent[0]["status"] == 413
     assert (b"connection", b"close") in sent[0]["headers"]

@@ -4,28 +4,51 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from mell_gpu_worker.engine.base import Engine
 from mell_gpu_worker.engine_runner import EngineRunner, EngineThread
-from mell_gpu_worker.service import WorkerService, core_config
+from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.worker_config import core_config
 from mell_shared.bus import Bus, Delivery, NoResponderError, RequestTimeoutError
-from mell_shared.clock import Clock
+from mell_shared.clock import Clock, SystemClock
 from mell_shared.codec import decode, encode
 from mell_shared.messages.frontend import (
     FRONTEND_CONTROL,
     TOKENS_GENERATED,
+    AbortMigration,
+    Claim,
+    ClaimRefusal,
     Evicted,
     EvictionTaken,
+    Granted,
+    MigrationAborted,
+    Refused,
     StreamStatus,
     StreamStatusReply,
     TokensGenerated,
 )
-from mell_shared.messages.scheduler import SCHEDULER_EVENT, SchedulerEvent, WorkerJoined
-from mell_shared.messages.worker import WORKER_REPLY, Submit, WorkerCommand, WorkerReply
+from mell_shared.messages.scheduler import (
+    SCHEDULER_EVENT,
+    MigrationCommitted,
+    MigrationFailed,
+    SchedulerEvent,
+    WorkerJoined,
+)
+from mell_shared.messages.worker import (
+    WORKER_REPLY,
+    Migrate,
+    MigrateAccepted,
+    Submit,
+    WorkerCommand,
+    WorkerReply,
+)
 from mell_shared.subjects import Subjects
 
 SUBJECTS = Subjects("test")
+Outcome = MigrationCommitted | MigrationFailed
 
 
 @dataclass
@@ -34,19 +57,51 @@ class Stream:
 
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
+    owner: str = ""
+    generation: int = 1
+    granted: str = ""
+    """The migration that was granted last."""
+    aborted: set[str] = field(default_factory=set)
+    arrived_us: list[int] = field(default_factory=list)
+    """When each token came."""
+
+    def claim(self, claim: Claim) -> Granted | Refused:
+        """Rule on a claim as an arbiter does (design: one arbiter for each sequence)."""
+        if claim.migration == self.granted:
+            return Granted(generation=self.generation, accepted=len(self.tokens))
+        refusals: dict[ClaimRefusal, bool] = {
+            "ended": self.finish is not None,
+            "generation": claim.generation != self.generation,
+            "owner": claim.source != self.owner,
+            "aborted": claim.migration in self.aborted,
+            "length": claim.length < len(self.tokens),
+        }
+        for reason, holds in refusals.items():
+            if holds:
+                return Refused(reason=reason)
+        self.owner, self.granted = claim.target, claim.migration
+        self.generation += 1
+        return Granted(generation=self.generation, accepted=len(self.tokens))
+
+    def abort(self, abort: AbortMigration) -> MigrationAborted:
+        """Grant a claim never, unless it was granted already."""
+        self.aborted.add(abort.migration)
+        return MigrationAborted(owned=self.granted != abort.migration and self.finish is None)
 
 
 class SmallFrontend:
     """Collects what workers send to one frontend and, as a scheduler would, the workers' events."""
 
-    def __init__(self, bus: Bus, name: str = "f1") -> None:
+    def __init__(self, bus: Bus, name: str = "f1", clock: Clock | None = None) -> None:
         self.bus = bus
+        self.clock = clock or SystemClock()
         self.name = name
         self.streams: dict[str, Stream] = {}
         self.evicted: list[Evicted] = []
         self.events: list[SchedulerEvent] = []
         self.statuses: list[StreamStatus] = []
         self.answers = True
+        self._moves = 0
         self._news = asyncio.Event()
 
     async def start(self) -> None:
@@ -80,8 +135,28 @@ class SmallFrontend:
 
     async def submit(self, worker: str, message: Submit) -> WorkerReply:
         """Submit, ready to collect."""
-        self.streams.setdefault(message.sequence, Stream())
+        stream = self.streams.setdefault(message.sequence, Stream())
+        stream.owner, stream.generation = worker, message.generation
         return await self.command(worker, message)
+
+    async def move(self, sequence: str, target: str, **order: Any) -> Outcome | WorkerReply:
+        """Order a move as a scheduler does; return what became of it, or the refusal."""
+        stream = self.streams[sequence]
+        self._moves += 1
+        name = f"{self.name}-{self._moves}"
+        told = {"mode": "kv", "reason": "manual", "term": 1, "generation": stream.generation} | order
+        reply = await self.command(stream.owner, Migrate(migration=name, sequence=sequence, target=target, **told))
+        if not isinstance(reply, MigrateAccepted):
+            return reply
+        await self.until(lambda: self.outcome(name) is not None)
+        outcome = self.outcome(name)
+        assert outcome is not None
+        return outcome
+
+    def outcome(self, migration: str) -> Outcome | None:
+        """What the schedulers have heard of a move."""
+        told = [e for e in self.events if isinstance(e, Outcome)]
+        return next((event for event in told if event.migration == migration), None)
 
     async def finished(self, *sequences: str) -> None:
         """Return when these have ended."""
@@ -105,9 +180,12 @@ class SmallFrontend:
         first = message.first_indices[row]
         if stream is None or first > len(stream.tokens):
             return  # a gap: the next status mends it
+        if (message.worker, message.generations[row]) != (stream.owner, stream.generation):
+            return  # of a former owner
         known = len(stream.tokens) - first
         assert stream.tokens[first : first + len(token_ids)] == token_ids[:known], "two texts for one sequence"
         stream.tokens += token_ids[known:]
+        stream.arrived_us += [self.clock.now_us()] * (len(stream.tokens) - len(stream.arrived_us))
         if row in message.finished and known <= len(token_ids):
             stream.finish = message.finished[row]
 
@@ -121,7 +199,15 @@ class SmallFrontend:
         elif isinstance(message, Evicted):
             self.evicted.append(message)
             await self.bus.publish(delivery.reply_to, encode(EvictionTaken()))
+        elif isinstance(message, Claim | AbortMigration):
+            await self.bus.publish(delivery.reply_to, encode(self._rule(message)))
         self._news.set()
+
+    def _rule(self, message: Claim | AbortMigration) -> Granted | Refused | MigrationAborted:
+        stream = self.streams.get(message.sequence)
+        if isinstance(message, Claim):
+            return Refused(reason="unknown") if stream is None else stream.claim(message)
+        return MigrationAborted(owned=False) if stream is None else stream.abort(message)
 
     def _judge(self, status: StreamStatus) -> StreamStatusReply:
         resend: dict[int, int] = {}
@@ -129,7 +215,7 @@ class SmallFrontend:
         ack_end: list[int] = []
         for row, sequence in enumerate(status.sequences):
             stream = self.streams.get(sequence)
-            if stream is None:
+            if stream is None or (stream.owner, stream.generation) != (status.worker, status.generations[row]):
                 cancel.append(row)
             elif stream.finish:
                 ack_end.append(row)
@@ -140,7 +226,14 @@ class SmallFrontend:
 
 def worker_settings(**changes: object) -> WorkerSettings:
     """Settings of a small fake worker, blind to this machine's environment."""
-    fields = {"engine": "fake", "model": "fake", "kv_blocks": 64, "max_sequences": 8, "max_step_tokens": 64}
+    fields = {
+        "worker_name": "w1",
+        "engine": "fake",
+        "model": "fake",
+        "kv_blocks": 64,
+        "max_sequences": 8,
+        "max_step_tokens": 64,
+    }
     return WorkerSettings(**(fields | changes))  # type: ignore[arg-type]
 
 
@@ -155,16 +248,22 @@ class RunningWorker:
 
 @asynccontextmanager
 async def running_worker(
-    bus: Bus, engine: Engine, clock: Clock, settings: WorkerSettings
+    bus: Bus,
+    engine: Engine,
+    clock: Clock,
+    settings: WorkerSettings,
+    runner: type[EngineRunner] = EngineRunner,
+    **around: Any,
 ) -> AsyncIterator[RunningWorker]:
-    """Run a worker while the context lasts; what its run raises is the test's to look at in `task`."""
+    """Run a worker while the context lasts; what its run raises is the test's to look at in `task`.
+
+    `around` are fields of `Surroundings`.
+    """
     thread = EngineThread()
     service = WorkerService(
-        core_config(settings, "w1", engine.spec),
-        EngineRunner(engine, thread, settings.step_timeout_s),
-        bus,
-        SUBJECTS,
-        clock,
+        core_config(settings, settings.worker_name, engine.spec),
+        runner(engine, thread, settings.step_timeout_s),
+        Surroundings(bus=bus, subjects=SUBJECTS, clock=clock, **around),
     )
     stop = asyncio.Event()
     task = asyncio.create_task(service.run(stop))

@@ -10,7 +10,6 @@ from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.factory import make_engine
 from mell_gpu_worker.engine.fake import FakeEngine, expected_output
-from mell_gpu_worker.metrics import WorkerCollector
 from mell_gpu_worker.settings import WorkerSettings
 from mell_shared.bus import Delivery
 from mell_shared.clock import SystemClock
@@ -226,7 +225,7 @@ def test_metrics_tell_what_the_worker_did() -> None:
         await frontend.submit("w1", submit("b", model="other"))
         await frontend.finished("a")
         registry = CollectorRegistry()
-        registry.register(WorkerCollector(worker.service.core, worker.service.counts))
+        registry.register(worker.service.collector())
         text = generate_latest(registry).decode()
         for line in (
             "mell_worker_sampled_tokens_total 5.0",

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from mell_scheduler.core import Command, LeadershipTaken, MigrationSettled, StartMigration, WantGpus
-from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed
+from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, MigrationFailed
 from tests.scheduler.script import SECOND, Row, Script, placed, queued, replies
 
 KV = ("kv",)
@@ -194,10 +194,26 @@ def test_a_source_that_has_let_go_settles_it_too() -> None:
 @pytest.mark.parametrize(("dies", "kept"), [("b", False), ("a", True)])
 def test_a_worker_that_dies_at_either_end_ends_the_move(dies: str, kept: bool) -> None:
     """With its source the sequence is gone; without its target it stays where it is."""
-    scene = Packed()
+    scene = Packed(worker_lost_us=4 * SECOND)
     scene.order()
-    assert settled(scene.leave(dies)) == [("small", "ended")]
+    said = []
+    for _ in range(4):
+        for worker in {"a", "b"} - {dies}:
+            scene.report(worker, *scene.rows[worker])
+        said += scene.wait(1)
+    assert ("small", "ended") in settled(said)
     assert ("small" in scene.core.ledger.sequences) == kept
+
+
+def test_a_source_that_leaves_in_order_has_let_go() -> None:
+    """It leaves only when it is empty, so the sequence is at the target, whose news is on its way."""
+    scene = Packed()
+    order = scene.order()
+    assert settled(scene.leave("b")) == [("small", "committed")]
+    assert scene.commit(order) == []
+    scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
+    record = scene.core.ledger.sequences["small"]
+    assert (record.worker.worker_id, record.generation) == ("a", 2)
 
 
 @pytest.mark.parametrize("worker", ["a", "b"])
@@ -295,3 +311,55 @@ def test_a_worker_with_preempted_sequences_takes_nothing() -> None:
     assert replies(scene.report("a", *scene.rows["a"])) == {}
     scene.wait(1)
     assert scene.answer("s2", 160, 1) in {placed("a"), queued(0), None}
+
+
+def lane(scene: Packed, bytes_per_s: int, source: str = "b", target: str = "a") -> None:
+    """The workers have measured the lane between them."""
+    scene.send(LaneMeasured(worker=source, target=target, bytes_per_s=bytes_per_s, latency_us=100))
+
+
+def test_a_slow_lane_between_two_fast_workers_counts() -> None:
+    """What a move is predicted to take follows the slowest part of its way; the lane back says nothing of it."""
+    fast, slow, back = Packed(), Packed(), Packed()
+    lane(slow, 12_500_000)
+    lane(back, 12_500_000, source="a", target="b")
+    usual_us = fast.order().predicted_us
+    assert slow.order().predicted_us == pytest.approx(10 * usual_us, rel=0.01)
+    assert back.order().predicted_us == usual_us
+
+
+def test_a_lane_of_unknown_workers_is_nothing() -> None:
+    """A figure that came late, or of workers that never joined, is not kept."""
+    scene = Packed()
+    lane(scene, 1, target="gone")
+    assert scene.order().predicted_us == Packed().order().predicted_us
+
+
+@pytest.mark.parametrize(("copied_bytes", "learnt"), [(1 << 22, True), (1 << 10, False)])
+def test_a_lane_is_learnt_from_moves_that_are_large(copied_bytes: int, learnt: bool) -> None:
+    """A large move that was fast makes the next prediction shorter; a small one, all latency, says nothing."""
+    scene = Packed()
+    lane(scene, 12_500_000)
+    first = scene.order()
+    scene.commit(first, copied_bytes=copied_bytes, copy_us=copied_bytes // 100)
+    scene.rows = {"a": [("big", 1, 640, 40), ("small", 2, 160, 10)], "b": [("next", 1, 160, 10)]}
+    assert (scene.order().predicted_us < first.predicted_us) == learnt
+
+
+def test_prefill_is_planned_at_the_rate_beside_so_many_decodes() -> None:
+    """A target that decodes more prefills less for others; beyond what it measured, as beside the most."""
+
+    def predicted_us(running: int, profile: tuple[tuple[int, int], ...]) -> int:
+        scene = Packed(modes=("tokens",))
+        record = scene.core.ledger.workers["a"]
+        batches, rates = zip(*profile, strict=True)
+        told = {"profiled_batches": list(batches), "profiled_tokens_per_s": list(rates)}
+        record.spec = record.spec.model_copy(update=told)
+        scene.rows["a"] = [(f"big{row}", 1, 640 // running, 40 // running) for row in range(running)]
+        return scene.order().predicted_us
+
+    profile = ((1, 1_000), (4, 500))
+    alone_us = predicted_us(1, profile)
+    assert alone_us == pytest.approx(predicted_us(1, ((1, 500),)) / 2, rel=0.01)
+    assert predicted_us(4, profile) == pytest.approx(2 * alone_us, rel=0.01)
+    assert predicted_us(5, profile) == pytest.approx(2 * alone_us, rel=0.01)

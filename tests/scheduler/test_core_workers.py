@@ -144,8 +144,9 @@ def test_a_drained_worker_may_still_report_a_late_submission() -> None:
     script.report("a", draining=True)
     script.report("a", ("s1", 1, 160, 10), draining=True)
     assert script.answer("s1") == placed("a")
-    script.report("a", draining=True)
     assert standing(script) == {"a": "draining"}
+    script.report("a", draining=True)
+    assert standing(script) == {"a": "drained"}
 
 
 def test_silence_while_our_own_connection_is_down_does_not_count() -> None:

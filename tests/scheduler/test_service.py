@@ -6,8 +6,8 @@ import pytest
 from mell_scheduler.core import Reply
 from mell_scheduler.core.journal import replay
 from mell_shared.bus import NoResponderError, RequestTimeoutError
-from mell_shared.codec import encode
-from mell_shared.messages.admin import StatusRequest
+from mell_shared.codec import decode, encode
+from mell_shared.messages.admin import ADMIN_REPLY, AdminRefused, StatusRequest
 from mell_shared.messages.scheduler import SequenceFinished, WorkerLeft
 from mell_shared.process import StartError
 from mell_shared.testing import run_virtually
@@ -149,9 +149,10 @@ def test_messages_that_cannot_be_read_are_dropped() -> None:
             for data in (b"\xff\xff", b"0" * (8 * 2**20 + 1), encode(WorkerLeft(worker="w1.>", reason=""))):
                 await bus.publish(SUBJECTS.scheduler_events, data)
             await bus.publish(SUBJECTS.place, encode(place_request("nobody listens")))
-            await bus.publish(SUBJECTS.admin_status, encode(StatusRequest()))
-            with pytest.raises(RequestTimeoutError):
-                await bus.request(SUBJECTS.admin_status, b"\xff", 1.0)
+            await bus.publish(SUBJECTS.admin("status"), encode(StatusRequest()))
+            refused = decode(ADMIN_REPLY, await bus.request(SUBJECTS.admin("status"), b"\xff", 1.0))
+            assert isinstance(refused, AdminRefused)
+            assert refused.reason == "invalid"
             await asyncio.sleep(0.1)
             for fault, count in {"malformed": 2, "oversized": 1, "bad_id": 1, "no_reply_subject": 2}.items():
                 assert scheduler.metric("mell_scheduler_dropped_messages_total", fault=fault) == count

@@ -39,7 +39,7 @@ def test_every_subject_is_one_and_stands_under_its_prefix() -> None:
             subjects.all_workers,
             subjects.frontend_tokens("f-1"),
             subjects.frontend_control("f-1"),
-            subjects.admin_status,
+            subjects.admin("status"),
         ]
         assert len(set(names)) == len(names)
         for name in names:

@@ -17,16 +17,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
+from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
+from mell_frontend.key_store import KeyStore
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.respond import Responder
 from mell_frontend.schema import (
@@ -54,6 +58,10 @@ _BODIES: dict[str, tuple[type[ApiModel], str]] = {
 }
 """What the routes that read their bodies by themselves take, and what they do."""
 
+_LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+]
+
 _INLINE_BODY_BYTES = 16_384
 """Larger bodies are read in a thread, so that other streams go on meanwhile."""
 
@@ -63,25 +71,33 @@ def create_app(
     gateway: Gateway,
     models: Sequence[ServedModel],
     registry: CollectorRegistry,
-    clock: Clock | None = None,
+    keys: KeyStore | None = None,
 ) -> App:
-    """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`."""
-    clock = clock or SystemClock()
+    """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`.
+
+    Without `keys` those of the settings count, and are never read again.
+    """
+    clock = SystemClock()
+    keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
+    general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
     api = _Api(settings, gateway, models, clock)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
+    operations = AdminApi(gateway, clock).routes()
+    for operation in operations:
+        site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
-    site.openapi = lambda: _openapi(site)  # type: ignore[method-assign]
-    app: App = Guard(site, settings)
+    site.openapi = lambda: _openapi(site, operations)  # type: ignore[method-assign]
+    app: App = Guard(site, settings, keys, Allowances(keys, general, clock))
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *_LIMIT_HEADERS],
         )
     return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site))), clock)
 
@@ -93,7 +109,6 @@ class _Api:
         self, settings: FrontendSettings, gateway: Gateway, models: Sequence[ServedModel], clock: Clock
     ) -> None:
         self._settings = settings
-        self._gateway = gateway
         self._models = {model.name: model for model in models}
         self._responder = Responder(gateway, clock)
         self._created = int(time.time())
@@ -106,23 +121,24 @@ class _Api:
         site.get("/v1/models/{name:path}", summary="One model")(self.show_model)
         site.add_route("/tokenize", self.tokenize, methods=["POST"])
         site.add_route("/detokenize", self.detokenize, methods=["POST"])
-        site.get("/admin/status", summary="The cluster as the scheduler sees it")(self.status)
 
     async def chat(self, request: Request) -> Response:
         prepare = partial(prepare_chat, models=self._models, settings=self._settings)
         job = await self._read(request, ChatCompletionRequest, prepare)
         head = Head(request_id("chatcmpl"), int(time.time()))
         if job.stream:
-            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedChat(job, head)))
-        return self._answer(request, job, partial(self._responder.whole, job, head, WholeChat(job, head)))
+            return self._answer(request, job, head, partial(self._responder.stream, job, head, StreamedChat(job, head)))
+        return self._answer(request, job, head, partial(self._responder.whole, job, head, WholeChat(job, head)))
 
     async def completion(self, request: Request) -> Response:
         prepare = partial(prepare_completion, models=self._models, settings=self._settings)
         job = await self._read(request, CompletionRequest, prepare)
         head = Head(request_id("cmpl"), int(time.time()))
         if job.stream:
-            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedCompletion(job, head)))
-        return self._answer(request, job, partial(self._responder.whole, job, head, WholeCompletion(job, head)))
+            return self._answer(
+                request, job, head, partial(self._responder.stream, job, head, StreamedCompletion(job, head))
+            )
+        return self._answer(request, job, head, partial(self._responder.whole, job, head, WholeCompletion(job, head)))
 
     async def list_models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card(model) for model in self._models.values()]}
@@ -136,13 +152,15 @@ class _Api:
     async def detokenize(self, request: Request) -> Response:
         return JSONResponse(await self._read(request, DetokenizeRequest, self._detokenize))
 
-    async def status(self) -> dict[str, Any]:
-        return (await self._gateway.status()).model_dump(mode="json")
-
-    def _answer(self, request: Request, job: Job, respond: Callable[[Exchange], Coroutine[Any, Any, None]]) -> Response:
+    def _answer(
+        self, request: Request, job: Job, head: Head, respond: Callable[[Exchange], Coroutine[Any, Any, None]]
+    ) -> Response:
         record = _record(request)
-        record.model, record.stream, record.choices = job.model.name, job.stream, job.choices
-        return _Answer(respond, record, self._settings.write_timeout_s)
+        record.answer_id, record.model = head.id, job.model.name
+        record.stream, record.choices = job.stream, job.choices
+        allowance: Allowance = request.scope["state"]["allowance"]
+        allowance.reserve(job.most_tokens)
+        return _Answer(respond, record, allowance, self._settings.write_timeout_s)
 
     async def _read(self, request: Request, model: type[R], then: Callable[[R], T]) -> T:
         """Return what `then` makes of the request's body; raises `ApiError`."""
@@ -203,16 +221,21 @@ class _Answer(Response):
         self,
         respond: Callable[[Exchange], Coroutine[Any, Any, None]],
         record: RequestRecord,
+        allowance: Allowance,
         write_timeout_s: float,
     ) -> None:
         super().__init__()
         self._respond = respond
         self._record = record
+        self._allowance = allowance
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(receive, send, scope["state"]["send"], self._record, self._write_timeout_s)
-        await exchange.run(self._respond(exchange))
+        try:
+            await exchange.run(self._respond(exchange))
+        finally:
+            self._allowance.settle(self._record.used_tokens)
 
 
 def _record(request: Request) -> RequestRecord:
@@ -290,11 +313,13 @@ def _routing_error(request: Request, error: HTTPException, paths: Sequence[str])
     return ApiError(error.status_code, str(error.detail))
 
 
-def _openapi(site: FastAPI) -> dict[str, Any]:
+def _openapi(site: FastAPI, operations: tuple[AdminRoute, ...]) -> dict[str, Any]:
     """Return the OpenAPI document, with the bodies that the routes read by themselves."""
     if site.openapi_schema is None:
         document = get_openapi(title=site.title, version=site.version, routes=site.routes)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        components = document.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
+        components["securitySchemes"] = {"admin_key": {"type": "http", "scheme": "bearer"}}
         for path, (model, does) in _BODIES.items():
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(schema.pop("$defs", {}))
@@ -303,5 +328,6 @@ def _openapi(site: FastAPI) -> dict[str, Any]:
             body = {"required": True, "content": {"application/json": {"schema": reference}}}
             answers = {"200": {"description": "The answer"}, "4XX": {"description": "What is wrong with the request"}}
             document["paths"][path] = {"post": {"summary": does, "requestBody": body, "responses": answers}}
+        document["paths"] |= admin_paths(operations, schemas)
         site.openapi_schema = document
     return site.openapi_schema

@@ -1,15 +1,16 @@
 """What every request passes before it reaches a route: its id, its log line, the limits and the keys. Plain ASGI."""
 
 import asyncio
-import hashlib
-import hmac
 import re
-from collections.abc import Sequence
 
 import structlog
 
-from mell_frontend.asgi import App, Message, Receive, Scope, Send, send_json
+from mell_frontend.admin_gate import ADMIN_PATHS, AdminGate
+from mell_frontend.allowance import Allowance, Allowances
+from mell_frontend.asgi import App, Message, Receive, Scope, Send, header_of, send_json
 from mell_frontend.errors import ApiError
+from mell_frontend.key_store import KeyStore
+from mell_frontend.keys import ApiKey
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.record import RequestRecord
 from mell_frontend.settings import FrontendSettings
@@ -43,7 +44,7 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        taken = _header(scope, b"x-request-id")
+        taken = header_of(scope, b"x-request-id")
         identity = taken.decode() if taken and _REQUEST_ID.fullmatch(taken) else request_id("req")
         record = RequestRecord(identity, scope["method"], scope["path"], self._clock.now_us())
         state = scope.setdefault("state", {})
@@ -71,53 +72,75 @@ class Recorder:
 
 
 class Guard:
-    """Refuses requests that are too large or have no right key, before anything of them is kept."""
+    """Refuses requests that are too large, have no right key or come too often, before anything of them is kept.
 
-    def __init__(self, app: App, settings: FrontendSettings) -> None:
+    What passes has its key's allowance in `scope["state"]["allowance"]`.
+    """
+
+    def __init__(self, app: App, settings: FrontendSettings, keys: KeyStore, allowances: Allowances) -> None:
         self._app = app
         self._max_body_bytes = settings.max_body_bytes
         self._max_header_bytes = settings.max_header_bytes
-        self._key_digests = [_digest(key.encode()) for key in settings.api_keys]
+        self._keys = keys
+        self._admin_gate = AdminGate(settings.admin_key)
+        self._allowances = allowances
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        fault = self._fault(scope)
-        if fault is None and self._announces_too_much(scope):
-            # A client that waits for `100 Continue` has not sent its body, and need not.
-            waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
-            fault = self._too_large(read=not waits and await _discard(receive))
-        if fault is None:
-            await self._app(scope, self._limited(receive), send)
+        try:
+            self._check_headers(scope)
+            allowance = self._allowances.of(self._key(scope))
+        except ApiError as fault:
+            await _refuse(scope, send, fault)
         else:
-            scope["state"]["record"].error = fault.code
-            await send_json(send, fault.status, fault.body(), fault.headers)
+            await self._limit(allowance, scope, receive, send)
 
-    def _fault(self, scope: Scope) -> ApiError | None:
+    async def _limit(self, allowance: Allowance, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request that may ask, or say that it asks for too much."""
+        counted = _is_counted(scope)
+        send = _telling(allowance, send) if counted else send
+        try:
+            if counted:
+                allowance.admit()
+            if self._announces_too_much(scope):
+                # A client that waits for `100 Continue` has not sent its body, and need not.
+                waits = (header_of(scope, b"expect") or b"").lower() == b"100-continue"
+                raise self._too_large(read=not waits and await _discard(receive))
+        except ApiError as fault:
+            await _refuse(scope, send, fault)
+        else:
+            scope["state"]["allowance"] = allowance
+            await self._app(scope, self._limited(receive), send)
+
+    def _check_headers(self, scope: Scope) -> None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size > self._max_header_bytes or len(scope.get("query_string", b"")) > self._max_header_bytes:
-            return ApiError(
-                431, f"The headers are larger than {self._max_header_bytes} bytes.", code="headers_too_large"
-            )
-        if self._key_digests and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            fault = ApiError(401, "Incorrect or missing API key: send it as `Authorization: Bearer KEY`.")
-            fault.code = "invalid_api_key"
+            message = f"The headers are larger than {self._max_header_bytes} bytes."
+            raise ApiError(431, message, code="headers_too_large")
+
+    def _key(self, scope: Scope) -> ApiKey | None:
+        """Return the key that the request presents, None if none is needed; raises `ApiError` (401)."""
+        if scope["path"].startswith(ADMIN_PATHS):
+            self._admin_gate.check(scope)
+            return None
+        ring = self._keys.ring
+        if ring is None or scope["path"] in OPEN_PATHS:
+            return None
+        key = ring.find(header_of(scope, b"authorization"))
+        if key is None:
+            message = "Incorrect or missing API key: send it as `Authorization: Bearer KEY`."
+            fault = ApiError(401, message, code="invalid_api_key")
             fault.headers["WWW-Authenticate"] = "Bearer"
-            return fault
-        return None
+            raise fault
+        scope["state"]["record"].key = key.name
+        return key
 
     def _announces_too_much(self, scope: Scope) -> bool:
-        length = _header(scope, b"content-length") or b"0"
+        length = header_of(scope, b"content-length") or b"0"
         return length.isdigit() and int(length[:20]) > self._max_body_bytes
-
-    def _has_key(self, scope: Scope) -> bool:
-        """Compare with every key, each in constant time, whichever is right."""
-        scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
-        digest = _digest(key.strip())
-        right = [hmac.compare_digest(digest, known) for known in self._key_digests]
-        return scheme.lower() == b"bearer" and any(right)
 
     def _limited(self, receive: Receive) -> Receive:
         received = 0
@@ -139,6 +162,27 @@ class Guard:
         return fault
 
 
+def _is_counted(scope: Scope) -> bool:
+    """Whether a request counts against its key's limits: whatever makes the server compute, not what operators do."""
+    return scope["method"] == "POST" and not scope["path"].startswith(ADMIN_PATHS)
+
+
+def _telling(allowance: Allowance, send: Send) -> Send:
+    """Return a `send` that tells what is left, as it is when the answer begins."""
+
+    async def send_telling(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), *allowance.headers()]
+        await send(message)
+
+    return send_telling
+
+
+async def _refuse(scope: Scope, send: Send, fault: ApiError) -> None:
+    scope["state"]["record"].error = fault.code or fault.kind
+    await send_json(send, fault.status, fault.body(), fault.headers)
+
+
 async def _discard(receive: Receive) -> bool:
     """Read the rest of a body and forget it; return whether it came to its end in time.
 
@@ -152,12 +196,3 @@ async def _discard(receive: Receive) -> bool:
     except TimeoutError:
         return False
     return False
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-    return next((value for key, value in headers if key == name), None)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

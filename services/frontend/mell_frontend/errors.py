@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mell_frontend.generation import GenerationError
+from mell_frontend.rate_limits import Exceeded
 
 
 class ApiError(Exception):
@@ -71,11 +72,30 @@ def from_generation(error: GenerationError) -> ApiError:
     return answer
 
 
+def rate_limited(key: str, exceeded: Exceeded) -> ApiError:
+    """Return the 429 for a key over one of its limits, as OpenAI words it, saying when to come back."""
+    short = {"requests": "RPM", "tokens": "TPM"}[exceeded.kind]
+    numbers = f"on {exceeded.kind} per min ({short}): Limit {exceeded.limit}, "
+    if exceeded.wait_us is None:
+        message = f"Request too large for key {key!r} {numbers}Requested {exceeded.requested}. Ask for less at once."
+    else:
+        seconds = f"{exceeded.wait_us / 1e6:.3f}".rstrip("0").rstrip(".")
+        numbers += f"Used {exceeded.used}, Requested {exceeded.requested}"
+        message = f"Rate limit reached for key {key!r} {numbers}. Please try again in {seconds}s."
+    fault = ApiError(429, message, kind=exceeded.kind, code="rate_limit_exceeded")
+    if exceeded.wait_us is None:
+        fault.headers["x-should-retry"] = "false"  # OpenAI's clients repeat a 429 by themselves, and never will succeed
+    else:
+        fault.headers["Retry-After"] = str(max(1, -(-exceeded.wait_us // 1_000_000)))
+        fault.headers["retry-after-ms"] = str(max(1, -(-exceeded.wait_us // 1000)))
+    return fault
+
+
 def from_validation(error: ValidationError, body: Any) -> ApiError:
     """Return the 400 for a body that is JSON but not the request it should be; names the first wrong field."""
     fault = error.errors(include_url=False)[0]
     param = _path(fault["loc"], body, missing=fault["type"] == "missing")
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").replace(" after validation", "")
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         param, message = _wrong_tag(param, fault)
     place = f"{param}: " if param else ""

@@ -13,6 +13,10 @@ class RequestRecord:
     path: str
     started_us: int
     status: int = 0
+    answer_id: str = ""
+    """What the answer calls itself (`chatcmpl-...`); its sequences are named after it."""
+    key: str = ""
+    """The name of the API key."""
     model: str = ""
     stream: bool = False
     choices: int = 0
@@ -26,6 +30,11 @@ class RequestRecord:
     unknown_fields: list[str] = field(default_factory=list)
     unknown_count: int = 0
     disconnected: bool = False
+
+    @property
+    def used_tokens(self) -> int:
+        """What the request has cost: nothing before its first token, then its prompt and all output so far."""
+        return 0 if self.first_token_us is None else self.prompt_tokens + self.completion_tokens
 
     def finished(self, reason: str) -> None:
         """Count a choice's end."""
@@ -42,6 +51,7 @@ class RequestRecord:
         }
         if self.choices:
             line |= {
+                "answer_id": self.answer_id,
                 "model": self.model,
                 "stream": self.stream,
                 "choices": self.choices,
@@ -52,7 +62,7 @@ class RequestRecord:
             }
         if self.first_token_us is not None:
             line["ttft_ms"] = _ms(self.first_token_us - self.started_us)
-        for name in ("queued", "error", "unknown_fields", "disconnected"):
+        for name in ("key", "queued", "error", "unknown_fields", "disconnected"):
             if getattr(self, name):
                 line[name] = getattr(self, name)
         return line

@@ -12,10 +12,13 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from mell_frontend.admin_gate import AdminGate
 from mell_frontend.app import create_app
 from mell_frontend.asgi import App
 from mell_frontend.gateway import BusGateway
 from mell_frontend.http_protocol import bounded_protocol
+from mell_frontend.key_store import KeyStore
+from mell_frontend.keys import KeysFileError
 from mell_frontend.peers import Timeouts
 from mell_frontend.served import ModelLoadError, ServedModel, load_models
 from mell_frontend.settings import FrontendSettings
@@ -50,20 +53,23 @@ class _HttpSide:
     server: _HttpServer
     listener: socket.socket
     models: list[str]
+    keys: KeyStore
 
 
 async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) -> None:
     """Serve until `stop`, then finish what runs. Raises `StartError`, `BrokerUnreachableError`."""
+    keys = _read_keys(settings)
     with _listen(settings.host, settings.port) as listener:
         models = await asyncio.to_thread(_load_models, settings)
-        bus = await NatsBus.connect(settings.nats_url, name=frontend)
+        bus = await NatsBus.connect(settings.nats_url, name=frontend, access=settings.broker_access("frontend"))
         try:
             core = FrontendCore(frontend, stream_limits(settings))
             timeouts = Timeouts(place_s=settings.place_reply_s, submit_s=settings.submit_reply_s)
             gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts)
             registry = _registry(bus, gateway)
-            app = create_app(settings, gateway, models, registry)
-            http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, [model.name for model in models])
+            app = create_app(settings, gateway, models, registry, keys=keys)
+            names = [model.name for model in models]
+            http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, names, keys)
             # What libraries and models are made of lives as long as the process: never search it for garbage again.
             gc.collect()
             gc.freeze()
@@ -101,6 +107,14 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
+def _read_keys(settings: FrontendSettings) -> KeyStore:
+    try:
+        AdminGate(settings.admin_key)
+        return KeyStore(settings.api_keys, settings.api_keys_file)
+    except KeysFileError as error:
+        raise StartError(f"{error}; see --admin-key, --api-keys and --api-keys-file") from error
+
+
 def _load_models(settings: FrontendSettings) -> list[ServedModel]:
     try:
         return load_models(settings.models, settings.model_dir, settings.max_model_len)
@@ -117,8 +131,10 @@ async def _run(settings: FrontendSettings, gateway: BusGateway, bus: Bus, http: 
         await started.wait()
         serving = group.create_task(http.server.serve(sockets=[http.listener]))
         announcing = group.create_task(_announce(gateway, http))
+        looking = group.create_task(http.keys.watch())
         await stop.wait()
         announcing.cancel()
+        looking.cancel()
         await _finish(gateway, settings.stop_deadline_s)
         http.server.should_exit = True
         await serving

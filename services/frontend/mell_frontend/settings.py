@@ -28,7 +28,23 @@ class FrontendSettings(ServiceSettings):
     )
     model_dir: Path = Field(default_factory=default_model_dir, description="Folder that pulled models are kept in.")
     max_model_len: int | None = Field(None, ge=1, description="Context in tokens; default: what the model says.")
-    api_keys: StringList = Field([], repr=False, description="Bearer keys that may ask; none: everyone may.")
+    api_keys: StringList = Field(
+        [],
+        repr=False,
+        description="Bearer keys that may ask, or `sha256:HEX` of them; none, and no file: everyone may.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of keys with names and limits (`mell key`); read again when it changes."
+    )
+    requests_per_minute: int = Field(0, ge=0, lt=2**31, description="Of each key without its own limit; 0: any.")
+    tokens_per_minute: int = Field(
+        0, ge=0, lt=2**31, description="Of each key without its own limit, prompt and output; 0: any."
+    )
+    admin_key: str = Field(
+        "",
+        repr=False,
+        description="Bearer key for `/admin`, or `sha256:HEX` of it; none: only this machine itself may ask there.",
+    )
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")

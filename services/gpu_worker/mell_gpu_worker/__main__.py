@@ -4,14 +4,22 @@ import asyncio
 import gc
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 
+import structlog
+
+from mell_gpu_worker.data_port import open_data_port, try_data_port
 from mell_gpu_worker.engine.base import Engine, EngineError
 from mell_gpu_worker.engine.factory import make_engine
 from mell_gpu_worker.engine_runner import EngineRunner, EngineThread, engine_thread_hangs
-from mell_gpu_worker.metrics import WorkerCollector
-from mell_gpu_worker.service import WorkerService, core_config
+from mell_gpu_worker.metrics import DataCounts
+from mell_gpu_worker.prefill_profile import Profile, ProfileLimits, profile_prefill
+from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.surroundings import LaneOptions, Surroundings
+from mell_gpu_worker.transport.base import Transport
+from mell_gpu_worker.worker_config import KV_MODES, Measured, core_config, modes_of
 from mell_shared.bus import Bus
 from mell_shared.clock import SystemClock
 from mell_shared.ids import process_id
@@ -50,19 +58,14 @@ def _leave_if_engine_hangs(code: object) -> None:
 async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> None:
     """Connect, build the engine, serve until `stop`. Raises `StartError`, `BrokerUnreachableError`, `ServiceError`."""
     thread = EngineThread()
-    bus = await NatsBus.connect(settings.nats_url, name=worker)
+    bus = await NatsBus.connect(settings.nats_url, name=worker, access=settings.broker_access("worker"))
     try:
         engine = await _load_engine(settings, thread, stop)
         if engine is not None:
             # What libraries made while loading lives as long as the process: never look through it for garbage again.
             gc.collect()
             gc.freeze()
-            config = core_config(settings, worker, engine.spec)
-            subjects = Subjects(settings.subject_prefix)
-            service = WorkerService(
-                config, EngineRunner(engine, thread, settings.step_timeout_s), bus, subjects, SystemClock()
-            )
-            await _serve(settings, service, bus, stop)
+            await _serve_engine(settings, worker, _Parts(bus, engine, thread), stop)
             engine.close()
     finally:
         thread.close()
@@ -84,9 +87,63 @@ async def _load_engine(settings: WorkerSettings, thread: EngineThread, stop: asy
         raise StartError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a worker is made of, once its engine is loaded."""
+
+    bus: Bus
+    engine: Engine
+    thread: EngineThread
+
+
+async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, stop: asyncio.Event) -> None:
+    engine, counts = parts.engine, DataCounts()
+    modes = modes_of(settings, engine.spec)
+    if set(settings.migration_modes) - set(modes):
+        # On a GPU without UCX, or with an engine whose memory cannot be seen.
+        left_out = sorted(set(settings.migration_modes) - set(modes))
+        structlog.get_logger().warning("migration_modes_left_out", modes=left_out, transport=settings.transport)
+    transport = await open_data_port(settings, engine, counts) if set(KV_MODES) & set(modes) else None
+    try:
+        measured = await _measure(settings, parts, transport)
+        config = core_config(settings, worker, engine.spec, measured)
+        around = Surroundings(
+            bus=parts.bus,
+            subjects=Subjects(settings.subject_prefix),
+            clock=SystemClock(),
+            transport=transport,
+            data_counts=counts,
+            lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_lane(engine.spec.device)),
+        )
+        service = WorkerService(config, EngineRunner(engine, parts.thread, settings.step_timeout_s), around)
+        await _serve(settings, service, parts.bus, stop)
+    finally:
+        if transport is not None:
+            await transport.close()
+
+
+async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport | None) -> Measured:
+    """Measure what a scheduler plans moves with; nothing where nothing moves."""
+    link_bytes_per_s = settings.link_bytes_per_s
+    if transport is not None:
+        lane = await try_data_port(transport, parts.engine, settings.slow_lane(parts.engine.spec.device))
+        link_bytes_per_s = link_bytes_per_s or round(lane.bytes_per_s)
+    limits = ProfileLimits(
+        settings.profile_s, settings.profile_stretch, settings.max_sequences, settings.max_step_tokens
+    )
+    profile: Profile = ()
+    if settings.profile_s and settings.migration_modes:
+        try:
+            profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
+        except EngineError as error:
+            raise StartError(str(error)) from error
+        structlog.get_logger().info("prefill_profile", tokens_per_s=dict(profile))
+    return Measured(link_bytes_per_s, profile)
+
+
 async def _serve(settings: WorkerSettings, service: WorkerService, bus: Bus, stop: asyncio.Event) -> None:
     registry = new_registry()
-    registry.register(WorkerCollector(service.core, service.counts))
+    registry.register(service.collector())
     registry.register(BusCollector(bus))
     async with serve_metrics(registry, lambda: bus.connected, host=settings.metrics_host, port=settings.metrics_port):
         await service.run(stop)

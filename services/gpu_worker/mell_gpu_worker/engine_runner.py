@@ -92,6 +92,14 @@ class EngineRunner:
         await asyncio.sleep(0)
         return StepFinished(result)
 
+    def kv_block(self, index: int) -> Any:
+        """Return the memory of a pool block, as the engine port says."""
+        return self._engine.kv_block(index)
+
+    def scratch(self, size_bytes: int) -> Any:
+        """Return memory like that of the pool, to measure with."""
+        return self._engine.scratch(size_bytes)
+
     async def grammar_fault(self, text: str) -> str | None:
         """Return why the engine cannot use a grammar, or None; steps go on meanwhile."""
         return await asyncio.to_thread(self._engine.check_grammar, text)

@@ -1,13 +1,16 @@
 """The worker's metrics: counters that its shell keeps, and gauges read from the core when asked."""
 
+from collections import Counter as Counts
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mell_gpu_worker.core.step import StepResult
 from mell_gpu_worker.core.worker import WorkerCore
+from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed, SchedulerEvent
 from mell_shared.messages.worker import SubmitAccepted, SubmitRefused, WorkerReply
 
 
@@ -36,17 +39,66 @@ class WorkerCounts:
         self.refusals += isinstance(reply, SubmitRefused)
 
 
+@dataclass(slots=True)
+class DataCounts:
+    """Counts of the data plane since start."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    unchecked_bytes: int = 0
+    """Sent without a checksum of ours: device memory."""
+    failures: Counts[str] = field(default_factory=Counts)
+    """By reason."""
+    door: Counts[str] = field(default_factory=Counts)
+    """What the data port told of: by event."""
+
+
+_PAUSE_BUCKETS_S = (1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class MoveMetrics:
+    """Moves as this worker ends them: arrived (it is the target) or failed (it is the source)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.moves: Counts[tuple[str, str]] = Counts()
+        """By mode and outcome."""
+        self._pause = Histogram(
+            "mell_worker_migration_pause_seconds",
+            "From a moved sequence's last token at its source to its first here: in all, and by share.",
+            ["part"],
+            registry=self.registry,
+            buckets=_PAUSE_BUCKETS_S,
+        )
+
+    def published(self, event: SchedulerEvent) -> None:
+        """Count what became of a move; other events are not counted."""
+        match event:
+            case MigrationCommitted():
+                self.moves[event.mode or "unknown", "committed"] += 1
+                parts = {"all": event.stopped_us, "tail": event.tail_us, "claim": event.claim_us}
+                for part, took_us in (parts | {"first_step": event.first_step_us}).items():
+                    self._pause.labels(part).observe(took_us / 1e6)
+            case MigrationFailed():
+                self.moves[event.mode or "unknown", event.reason] += 1
+            case _:
+                pass
+
+
 class WorkerCollector(Collector):
     """A worker's state as metrics."""
 
-    def __init__(self, core: WorkerCore, counts: WorkerCounts) -> None:
+    def __init__(self, core: WorkerCore, counts: WorkerCounts, moves: MoveMetrics, data: DataCounts) -> None:
         self._core = core
         self._counts = counts
+        self._moves = moves
+        self._data = data
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
         yield from self._gauges()
         yield from self._counters()
+        yield from self._migration()
 
     def _gauges(self) -> Iterator[Metric]:
         batcher = self._core.batcher
@@ -67,3 +119,22 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily("mell_worker_refusals", "Submissions refused.", counts.refusals)
         yield CounterMetricFamily("mell_worker_invalid_messages", "Messages not understood.", counts.invalid_messages)
         yield CounterMetricFamily("mell_worker_unsent_messages", "Messages that were not sent.", counts.unsent_messages)
+
+    def _migration(self) -> Iterator[Metric]:
+        data = self._data
+        moves = CounterMetricFamily("mell_worker_migrations", "Moves ended here.", labels=["mode", "outcome"])
+        for labels, count in sorted(self._moves.moves.items()):
+            moves.add_metric(labels, count)
+        yield moves
+        yield from self._moves.registry.collect()
+        yield CounterMetricFamily("mell_worker_kv_sent_bytes", "KV sent and confirmed.", data.sent_bytes)
+        yield CounterMetricFamily("mell_worker_kv_received_bytes", "KV received.", data.received_bytes)
+        yield CounterMetricFamily("mell_worker_kv_unchecked_bytes", "Sent without a checksum.", data.unchecked_bytes)
+        failures = CounterMetricFamily("mell_worker_link_failures", "Transfers that failed.", labels=["reason"])
+        for reason, count in sorted(data.failures.items()):
+            failures.add_metric([reason], count)
+        yield failures
+        door = CounterMetricFamily("mell_worker_data_port", "Events at the data port.", labels=["event"])
+        for event, count in sorted(data.door.items()):
+            door.add_metric([event], count)
+        yield door

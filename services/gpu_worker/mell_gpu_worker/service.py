@@ -7,14 +7,21 @@ from functools import partial
 import structlog
 
 from mell_gpu_worker.core.commands import (
+    AskFrontend,
+    AskPeer,
     AskStatus,
+    CloseLink,
     Command,
     Exit,
+    OfferKv,
+    OpenLink,
     PublishEvent,
     PublishTokens,
     Reply,
     RunStep,
+    SendBlocks,
     SendEvicted,
+    TellDropped,
 )
 from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.events import (
@@ -22,39 +29,24 @@ from mell_gpu_worker.core.events import (
     ConnectionLost,
     ConnectionRestored,
     Event,
-    EvictionAnswered,
-    EvictionUnanswered,
-    StatusAnswered,
-    StatusUnanswered,
     StepFinished,
     StopRequested,
     TimePassed,
 )
 from mell_gpu_worker.core.worker import WorkerCore
-from mell_gpu_worker.engine.base import EngineSpec
+from mell_gpu_worker.data_plane import DataPlane
 from mell_gpu_worker.engine_runner import EngineRunner
-from mell_gpu_worker.metrics import WorkerCounts
-from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.lanes import Lanes
+from mell_gpu_worker.metrics import MoveMetrics, WorkerCollector, WorkerCounts
+from mell_gpu_worker.peers import Peers, Question
+from mell_gpu_worker.surroundings import Surroundings
 from mell_shared.actor import Actor
-from mell_shared.bus import Bus, BusError, Delivery, Subscription
-from mell_shared.clock import Clock
+from mell_shared.bus import BusError, Delivery, Subscription
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.base import Message
-from mell_shared.messages.frontend import (
-    FRONTEND_REPLY,
-    Evicted,
-    EvictionTaken,
-    FrontendReply,
-    Refused,
-    StreamStatus,
-    StreamStatusReply,
-)
-from mell_shared.messages.scheduler import WorkerSpec
-from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, Submit
-from mell_shared.subjects import Subjects
+from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed, SchedulerEvent
+from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, ReserveKv, Submit
 
-FRONTEND_TIMEOUT_S = 1.0
-"""For a frontend's answer to a status or an eviction."""
 _SHORTEST_SLEEP_S = 0.001
 _LONGEST_SLEEP_S = 0.1
 """How late a lost connection is noticed."""
@@ -63,18 +55,36 @@ _LONGEST_SLEEP_S = 0.1
 class WorkerService:
     """One worker on a bus. `run` lasts until it has stopped; `failure` then says why, if the engine failed."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineRunner, bus: Bus, subjects: Subjects, clock: Clock) -> None:
-        self.core = WorkerCore(config, clock.now_us())
+    def __init__(self, config: WorkerConfig, engine: EngineRunner, around: Surroundings) -> None:
+        self.core = WorkerCore(config, around.clock.now_us())
         self.counts = WorkerCounts()
+        self.moves = MoveMetrics()
         self.failure = ""
         self._engine = engine
-        self._bus = bus
-        self._subjects = subjects
-        self._clock = clock
+        self._bus = around.bus
+        self._subjects = around.subjects
+        self._clock = around.clock
         self._log = structlog.get_logger()
         self._actor: Actor[Event] = Actor("gpu_worker", self._handle)
+        self._peers = Peers(around.bus, around.subjects, self.counts)
+        self._data_counts = around.data_counts
+        self._data: DataPlane | None = None
+        self._lanes: Lanes | None = None
+        if around.transport is not None:
+            self._data = DataPlane(around, engine.kv_block, put=self._actor.put, spawn=self._actor.spawn)
+            if around.lanes.probes_per_minute:
+                self._lanes = Lanes(config.spec, engine, around, self._actor.spawn)
         self._connected = True
         self._subscriptions: list[Subscription] = []
+
+    def collector(self) -> WorkerCollector:
+        """Return this worker's metrics."""
+        return WorkerCollector(self.core, self.counts, self.moves, self._data_counts)
+
+    @property
+    def transfers(self) -> int:
+        """KV transfers that are not closed."""
+        return 0 if self._data is None else len(self._data)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set and everything is said, or the engine fails; the bus stays open."""
@@ -82,15 +92,21 @@ class WorkerService:
         self._bus.on_reconnect(self._tell_reconnection)
         for subject in (self._subjects.worker_commands(worker), self._subjects.all_workers):
             self._subscriptions.append(await self._bus.subscribe(subject, self._deliver))
+        if self._lanes is not None:
+            self._subscriptions += await self._lanes.subscribe()
         try:
             await self._actor.run(partial(self._started, stop))
         finally:
             await self._unsubscribe()
+            if self._data is not None:
+                await self._data.close()
 
     def _started(self, stop: asyncio.Event) -> None:
         self._actor.spawn(self._bus.watch())
         self._actor.spawn(self._tell_time())
         self._actor.spawn(self._tell_stop(stop))
+        if self._lanes is not None:
+            self._actor.spawn(self._lanes.run())
         spec = self.core.config.spec
         self._log.info(
             "ready",
@@ -100,6 +116,7 @@ class WorkerService:
             device=spec.device,
             kv_blocks=spec.kv_blocks,
             max_model_len=spec.max_model_len,
+            migration_modes=spec.migration_modes,
         )
 
     # --- what happens, to the core
@@ -130,15 +147,15 @@ class WorkerService:
         except InvalidMessageError as error:
             await self._reject(delivery, str(error))
             return
-        if isinstance(command, Submit) and command.sampling.grammar is not None:
+        if isinstance(command, Submit | ReserveKv) and command.sampling.grammar is not None:
             # A task, since compiling it may take longer than other commands should wait.
             self._actor.spawn(self._deliver_with_grammar(command, command.sampling.grammar.text, delivery.reply_to))
             return
         await self._actor.put(CommandReceived(command, delivery.reply_to))
 
-    async def _deliver_with_grammar(self, submit: Submit, grammar: str, reply_to: str) -> None:
+    async def _deliver_with_grammar(self, command: Submit | ReserveKv, grammar: str, reply_to: str) -> None:
         fault = await self._engine.grammar_fault(grammar)
-        await self._actor.put(CommandReceived(submit, reply_to, fault))
+        await self._actor.put(CommandReceived(command, reply_to, fault))
 
     async def _reject(self, delivery: Delivery, fault: str) -> None:
         self.counts.invalid_messages += 1
@@ -165,14 +182,20 @@ class WorkerService:
             case PublishTokens(frontend, tokens):
                 await self._publish(self._subjects.frontend_tokens(frontend), tokens)
             case PublishEvent(event):
+                self._note(event)
                 await self._publish(self._subjects.scheduler_events, event)
             case Reply(reply_to, reply):
                 self.counts.replied(reply)
                 await self._publish(reply_to, reply)
-            case AskStatus():
-                self._actor.spawn(self._ask_status(command))
-            case SendEvicted():
-                self._actor.spawn(self._send_evicted(command))
+            case AskStatus() | SendEvicted() | AskPeer() | AskFrontend():
+                self._actor.spawn(self._ask(command))
+            case OfferKv() | OpenLink() | SendBlocks() | CloseLink():
+                assert self._data is not None, "a worker without a transport moves nothing"
+                self._data.perform(command)
+            case TellDropped(migration, sequence, source, reason):
+                self._log.info(
+                    "reservation_dropped", migration=migration, sequence=sequence, source=source, reason=reason
+                )
             case Exit(failure):
                 self.failure = failure
                 self._log.info("stopped", failure=failure)
@@ -183,35 +206,19 @@ class WorkerService:
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
 
+    def _note(self, event: SchedulerEvent) -> None:
+        """Count and log what became of a move: one line for each, with its id, at the end that tells of it."""
+        self.moves.published(event)
+        if isinstance(event, MigrationCommitted):
+            self._log.info("migration_committed", **event.model_dump(exclude={"kind", "worker"}))
+        elif isinstance(event, MigrationFailed):
+            self._log.warning("migration_failed", **event.model_dump(exclude={"kind", "worker"}))
+
+    async def _ask(self, question: Question) -> None:
+        await self._actor.put(await self._peers.ask(question))
+
     async def _run_step(self, command: RunStep) -> None:
         await self._actor.put(await self._engine.step(command.rows))
-
-    async def _ask_status(self, command: AskStatus) -> None:
-        frontend, status = command.frontend, command.message
-        reply = await self._ask(frontend, status)
-        if isinstance(reply, StreamStatusReply):
-            await self._actor.put(StatusAnswered(frontend, status, reply))
-        else:
-            await self._actor.put(StatusUnanswered(frontend))
-
-    async def _send_evicted(self, command: SendEvicted) -> None:
-        key = (command.message.sequence, command.message.generation)
-        reply = await self._ask(command.frontend, command.message)
-        known = isinstance(reply, EvictionTaken | Refused)
-        await self._actor.put(EvictionAnswered(*key) if known else EvictionUnanswered(*key))
-
-    async def _ask(self, frontend: str, message: StreamStatus | Evicted) -> FrontendReply | None:
-        """Return a frontend's answer, or None if none came in time or it makes no sense."""
-        subject = self._subjects.frontend_control(frontend)
-        try:
-            data = await self._bus.request(subject, encode(message), FRONTEND_TIMEOUT_S)
-            return decode(FRONTEND_REPLY, data)
-        except BusError as error:
-            self._log.debug("frontend_silent", frontend=frontend, why=str(error))
-        except InvalidMessageError as error:
-            self.counts.invalid_messages += 1
-            self._log.warning("invalid_reply", frontend=frontend, fault=str(error))
-        return None
 
     async def _publish(self, subject: str, message: Message) -> None:
         try:
@@ -227,31 +234,3 @@ def _kind(value: Event | Command) -> str:
     inner = getattr(value, "message", None) or getattr(value, "command", None)
     name = type(value).__name__
     return f"{name}({type(inner).__name__})" if isinstance(inner, Message) else name
-
-
-def core_config(settings: WorkerSettings, worker: str, engine: EngineSpec) -> WorkerConfig:
-    """Return what the core needs to know of its settings and its engine."""
-    spec = WorkerSpec(
-        worker=worker,
-        name=settings.worker_name,
-        host=settings.worker_host,
-        model=settings.public_model,
-        engine=engine.name,
-        device=engine.device,
-        kv_layout=engine.kv_layout,
-        max_model_len=engine.max_model_len,
-        kv_blocks=engine.kv_blocks,
-        block_tokens=engine.block_tokens,
-        max_sequences=settings.max_sequences,
-    )
-    return WorkerConfig(
-        spec=spec,
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        max_step_tokens=settings.max_step_tokens,
-        prefix_cache=settings.prefix_cache,
-        report_interval_us=round(settings.report_interval_s * 1e6),
-        status_interval_us=round(settings.status_interval_s * 1e6),
-        frontend_silence_us=round(settings.frontend_silence_s * 1e6),
-        stop_deadline_us=round(settings.stop_deadline_s * 1e6),
-    )

@@ -2,14 +2,15 @@
 
 import socket
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mell_gpu_worker.engine.options import EngineOptions
+from mell_shared.messages.base import MigrationMode
 from mell_shared.models import DEFAULT_MODEL, FAKE_MODEL, default_model_dir
-from mell_shared.settings import ServiceSettings
+from mell_shared.settings import ServiceSettings, StringList
 
 
 class WorkerSettings(ServiceSettings):
@@ -47,9 +48,42 @@ class WorkerSettings(ServiceSettings):
     step_timeout_s: float = Field(300.0, gt=0, description="An engine step longer than this is a failed engine.")
     stop_deadline_s: float = Field(30.0, ge=0, description="After SIGTERM, the longest wait for running sequences.")
 
+    migration_modes: StringList = Field(
+        ["kv", "tokens", "hybrid"], description="Ways in which sequences may be moved; empty: they never are."
+    )
+    max_outgoing_moves: int = Field(8, ge=1, le=1024, description="Most sequences moved away at once.")
+    max_incoming_moves: int = Field(8, ge=1, le=1024, description="Most sequences moved here at once.")
+    move_timeout_s: float = Field(25.0, gt=0, description="A move still copying after this has failed.")
+    transport: Literal["auto", "ucx", "tcp"] = Field(
+        "auto", description="What KV travels over, equal in the whole cluster; `auto`: UCX where it is installed."
+    )
+    data_host: str = Field(
+        "", description="Address at which other workers reach this one; empty: the one that it reaches the broker from."
+    )
+    data_port: int = Field(0, ge=0, le=65535, description="Port that KV comes in by; 0: a free one.")
+    max_transfer_bytes: int = Field(64 * 2**30, ge=1, description="Largest transfer that is accepted or offered.")
+    chunk_bytes: int = Field(2**20, ge=2**12, le=2**30, description="Most bytes of KV under one checksum.")
+    chunks_in_flight: int = Field(8, ge=1, le=1024, description="Most chunks of one transfer on their way at once.")
+    ucx_net_devices: str = Field("", description="Interfaces that UCX may use; empty: its choice, `lo` on loopback.")
+    ucx_tls: str = Field("", description="Transports that UCX may use, as in UCX_TLS; empty: its choice.")
+    link_bytes_per_s: int = Field(0, ge=0, description="What the network carries each way; 0: measured at start.")
+    slow_link_bytes_per_s: float = Field(
+        0.0, ge=0, description="A lane measured slower than this is warned of; 0: 500 MB/s for a GPU's, 50 MB/s else."
+    )
+    lane_probes: int = Field(8, ge=0, description="Most lanes to other workers measured in a minute; 0: none.")
+    profile_s: float = Field(
+        3.0, ge=0, description="Longest time spent at start to measure prefill beside decodes; 0: not measured."
+    )
+    profile_stretch: float = Field(
+        0.25, gt=0, le=10, description="Share by which prefill for moved sequences may lengthen a decode step."
+    )
+
     fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")
     fake_sequence_us: int = Field(0, ge=0, description="Fake engine: time added for each sequence in a step.")
     fake_prefill_token_us: int = Field(0, ge=0, description="Fake engine: time added for each prompt token.")
+    fake_kv_bytes_per_token: int = Field(
+        8, ge=8, multiple_of=8, description="Fake engine: bytes of KV for each token, as large as a real model's."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +100,17 @@ class WorkerSettings(ServiceSettings):
                 f"max_step_tokens ({self.max_step_tokens}) must be at least max_sequences ({self.max_sequences})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _modes_are_known(self) -> Self:
+        unknown = sorted(set(self.migration_modes) - set(get_args(MigrationMode)))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no migration mode: kv, tokens and hybrid are")
+        return self
+
+    def slow_lane(self, device: str) -> float:
+        """Return below which speed the lanes of a worker with this device are warned of, in bytes per second."""
+        return self.slow_link_bytes_per_s or (0.5e9 if device.startswith("cuda") else 50e6)
 
     @property
     def public_model(self) -> str:

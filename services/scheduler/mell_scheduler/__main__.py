@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
 async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) -> None:
     """Connect, run and disconnect one scheduler; returns when `stop` is set and all is cleaned up."""
-    bus = await NatsBus.connect(settings.nats_url, name=process)
+    bus = await NatsBus.connect(settings.nats_url, name=process, access=settings.broker_access("scheduler"))
     try:
         clock = SystemClock()
         contest = build_contest(settings, process, bus, clock)

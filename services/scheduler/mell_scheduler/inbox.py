@@ -13,7 +13,7 @@ from mell_scheduler.core import Event, PlaceRequested
 from mell_scheduler.metrics import Tally
 from mell_shared.bus import Delivery, InvalidSubjectError
 from mell_shared.codec import InvalidMessageError, M, decode
-from mell_shared.messages.admin import STATUS_REQUEST
+from mell_shared.messages.admin import ADMIN_REQUEST, AdminRequest, MovingRequest
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT, WorkerJoined
 from mell_shared.subjects import Subjects, check_subject
 
@@ -53,12 +53,20 @@ class Inbox:
             return
         await self._put(event)
 
-    def asks_status(self, delivery: Delivery) -> bool:
-        """Whether this is an operator's question that can be answered."""
+    def operator(self, delivery: Delivery) -> AdminRequest | None:
+        """What an operator asks; None if it cannot be read, or nobody waits for an answer."""
         if not delivery.reply_to:
-            self._drop(delivery, "no_reply_subject", "a status request without a reply subject")
-            return False
-        return self._read(STATUS_REQUEST, delivery, _MAX_REQUEST_BYTES) is not None
+            self._drop(delivery, "no_reply_subject", "an operator's request without a reply subject")
+            return None
+        return self._read(ADMIN_REQUEST, delivery, _MAX_REQUEST_BYTES)
+
+    def pause(self, delivery: Delivery) -> MovingRequest | None:
+        """An operator's pause as a bystander hears it: what is wrong with it is for whoever leads to tell."""
+        try:
+            request = decode(ADMIN_REQUEST, delivery.data)
+        except InvalidMessageError:
+            return None
+        return request if isinstance(request, MovingRequest) else None
 
     def _read(self, adapter: TypeAdapter[M], delivery: Delivery, limit_bytes: int) -> M | None:
         size_bytes = len(delivery.data)

@@ -1,15 +1,19 @@
 """The scheduler's metrics: counts of what was decided, and the core's state at the moment it is asked for."""
 
 from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mell_scheduler.core import SchedulerCore
+from mell_scheduler.core import MigrationSettled, SchedulerCore
 
 _DECISION_BUCKETS_S = (10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 50e-3, 250e-3)
+
+
+_RECENT_MOVES = 20
 
 
 class Tally:
@@ -25,8 +29,24 @@ class Tally:
         self.moves_begun = 0
         self.moves_settled: Counts[str] = Counts()
         """By outcome."""
+        self.moves_failed: Counts[str] = Counts()
+        """By reason."""
+        self.recent_moves: deque[tuple[int, MigrationSettled]] = deque(maxlen=_RECENT_MOVES)
+        """When they were settled, and how; the latest first."""
         self.unsent = 0
         """Replies and commands that the bus did not take."""
+
+    def settled(self, move: MigrationSettled, now_us: int) -> None:
+        """Count a move that is over."""
+        self.moves_settled[move.outcome] += 1
+        if move.outcome in ("failed", "timeout"):
+            self.moves_failed[failure(move)] += 1
+        self.recent_moves.appendleft((now_us, move))
+
+
+def failure(move: MigrationSettled) -> str:
+    """Why a move failed, in one word."""
+    return move.reason.partition(":")[0] if move.outcome == "failed" else move.outcome
 
 
 class SchedulerCollector(Collector):
@@ -46,6 +66,7 @@ class SchedulerCollector(Collector):
         yield _by("mell_scheduler_dropped_messages", "Messages that could not be used.", "fault", tally.dropped)
         yield CounterMetricFamily("mell_scheduler_migrations_begun", "Moves ordered.", tally.moves_begun)
         yield _by("mell_scheduler_migrations", "Moves settled, by outcome.", "outcome", tally.moves_settled)
+        yield _by("mell_scheduler_migration_failures", "Moves that failed.", "reason", tally.moves_failed)
         yield CounterMetricFamily("mell_scheduler_unsent", "Messages that the bus did not take.", tally.unsent)
         if core is not None:
             yield from _state(core)
@@ -73,6 +94,7 @@ def _state(core: SchedulerCore) -> Iterator[Metric]:
     yield GaugeMetricFamily("mell_scheduler_queue_length", "Requests that wait for room.", len(core.waiting))
     yield GaugeMetricFamily("mell_scheduler_sequences", "Sequences placed or running.", len(core.ledger.sequences))
     yield GaugeMetricFamily("mell_scheduler_migrating", "Moves under way.", len(core.ledger.moving))
+    yield GaugeMetricFamily("mell_scheduler_moves_paused", "1 while no moves are planned.", int(core.moves_paused))
     wanted = GaugeMetricFamily("mell_scheduler_gpus_wanted", "Workers that should be up, by model.", labels=["model"])
     for name, gpus in core.scaling.wanted.items():
         wanted.add_metric([name], gpus)
@@ -80,7 +102,7 @@ def _state(core: SchedulerCore) -> Iterator[Metric]:
     workers = list(core.ledger.workers.values())
     states = GaugeMetricFamily("mell_scheduler_workers", "Workers, by state.", labels=["state"])
     standings = Counts(core.ledger.standing(worker) for worker in workers)
-    for state in ("active", "standby", "draining", "silent"):
+    for state in ("active", "standby", "draining", "drained", "silent"):
         states.add_metric([state], standings[state])
     yield states
     blocks = GaugeMetricFamily("mell_scheduler_kv_blocks", "KV blocks of all workers, by model.", labels=["model"])

@@ -1,10 +1,18 @@
-"""Orders to move, sent to source workers: whatever is not an acceptance becomes an event for the core."""
+"""Orders sent to workers: what is not an acceptance becomes an event for the core, or an operator's answer."""
 
-from mell_scheduler.core import StartMigration
+from mell_scheduler.core import OrderDrain, StartMigration
 from mell_shared.bus import Bus, BusError
 from mell_shared.codec import InvalidMessageError, decode, encode
+from mell_shared.messages.admin import AdminRefused, DrainReply
 from mell_shared.messages.scheduler import MigrationFailed
-from mell_shared.messages.worker import WORKER_REPLY, CommandInvalid, MigrateAccepted, MigrateRefused
+from mell_shared.messages.worker import (
+    WORKER_REPLY,
+    CommandInvalid,
+    DrainRefused,
+    DrainSet,
+    MigrateAccepted,
+    MigrateRefused,
+)
 from mell_shared.subjects import Subjects
 
 
@@ -36,6 +44,25 @@ class Movers:
                 return _failed(command, "unsupported", message)
             case _:
                 return _failed(command, "unsupported", f"answered {reply.kind}")
+
+    async def drain(self, command: OrderDrain) -> DrainReply | AdminRefused:
+        """Send an order to drain, or the end of one; returns what to tell the operator."""
+        worker = command.worker
+        try:
+            subject = self._subjects.worker_commands(worker)
+            reply = decode(WORKER_REPLY, await self._bus.request(subject, encode(command.order), self._timeout_s))
+        except (BusError, InvalidMessageError) as error:
+            text = f"{worker} does not answer ({error}); it may drain all the same: see mell status"
+            return AdminRefused(reason="unreachable", message=text)
+        match reply:
+            case DrainSet():
+                return command.reply
+            case DrainRefused(reason="term"):
+                return AdminRefused(reason="not_leader", message=f"{worker} refuses: {reply.message}; ask again")
+            case DrainRefused(message=message):
+                return AdminRefused(reason="stopping", message=f"{worker}: {message}, and drains by itself")
+            case _:
+                return AdminRefused(reason="unsupported", message=f"{worker} is of a release that cannot be drained")
 
 
 def _failed(command: StartMigration, reason: str, message: str) -> MigrationFailed:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from mell_scheduler.candidate import Leadership
 from mell_scheduler.core import (
     Announce,
+    Answer,
     AskReport,
     Command,
     ConnectionRestored,
@@ -18,6 +19,8 @@ from mell_scheduler.core import (
     LeadershipEnded,
     LeadershipTaken,
     MigrationSettled,
+    OperatorAsked,
+    OrderDrain,
     PlaceRequested,
     Reply,
     SchedulerCore,
@@ -25,8 +28,10 @@ from mell_scheduler.core import (
     Tick,
     WantGpus,
 )
+from mell_scheduler.core.explain import explain
 from mell_scheduler.core.journal import header_line
-from mell_scheduler.core.status import worker_statuses
+from mell_scheduler.core.moves import outcome_status
+from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
@@ -37,13 +42,23 @@ from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
-from mell_shared.messages.admin import ModelStatus, Status
+from mell_shared.messages.admin import (
+    AdminRefused,
+    ExplainRequest,
+    FailureCount,
+    ModelStatus,
+    MovingRequest,
+    Status,
+    StatusRequest,
+)
 from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
 from mell_shared.subjects import Subjects
 
 _TICK_S = 0.1
+_NOT_LEADER = AdminRefused(reason="not_leader", message="this scheduler does not lead: ask again in a moment")
+_UNREADABLE = AdminRefused(reason="invalid", message="the scheduler cannot read this: is it of another release?")
 _LOUD = ("lost", "silent", "refused")
 
 
@@ -84,6 +99,8 @@ class SchedulerService:
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
+        self._paused = False
+        """What an operator said last of moves, to whoever led then."""
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
@@ -103,6 +120,7 @@ class SchedulerService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then leave in order: answer who waits, give the lease back."""
         await self._contest.prepare()
+        await self._hear_pauses()
         self._bus.on_reconnect(self._reconnected)
         async with asyncio.TaskGroup() as group:
             actor = group.create_task(self._actor.run(self._start_ticking))
@@ -116,6 +134,18 @@ class SchedulerService:
         await self._contest.resign()
         if self._event_log is not None:
             self._event_log.close()
+
+    async def _hear_pauses(self) -> None:
+        """Listen to operators' pauses also while another leads, so that they outlast a failover."""
+        try:
+            await self._bus.subscribe(self._subjects.admin("moving"), self._note_pause)
+        except BusError as error:
+            self._log.warning("subscribing_failed", reason=str(error))
+
+    async def _note_pause(self, delivery: Delivery) -> None:
+        request = self._inbox.pause(delivery)
+        if request is not None:
+            self._paused = request.paused
 
     def _start_ticking(self) -> None:
         self._actor.every(_TICK_S, Tick)
@@ -147,6 +177,8 @@ class SchedulerService:
             await self._listen()  # before the core asks for reports
         core = self._core
         if core is None or not self._may_decide(event):
+            if isinstance(event, OperatorAsked):
+                await self._send(event.handle, _NOT_LEADER)
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
@@ -170,6 +202,8 @@ class SchedulerService:
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
             self._log.info("ready", role="leader", term=event.term, policy=self._settings.policy)
+            if self._paused:
+                self._actor.post(OperatorAsked("", MovingRequest(paused=True)))
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
             self._core = None
@@ -182,7 +216,7 @@ class SchedulerService:
         handlers = {
             self._subjects.scheduler_events: self._inbox.event,
             self._subjects.place: self._inbox.place,
-            self._subjects.admin_status: self._answer_status,
+            self._subjects.admin("*"): self._take_operator,
         }
         try:
             for subject, handler in handlers.items():
@@ -214,8 +248,12 @@ class SchedulerService:
             case StartMigration():
                 self._start_migration(command)
             case MigrationSettled():
-                self._tally.moves_settled[command.outcome] += 1
-                self._log.info("migration_settled", **asdict(command))
+                self._note_settled(command)
+            case Answer():
+                if command.handle:
+                    await self._send(command.handle, command.reply)
+            case OrderDrain():
+                self._order_drain(command)
             case WantGpus():
                 self._log.info("gpus_wanted", model=command.model, gpus=command.gpus)
 
@@ -231,6 +269,22 @@ class SchedulerService:
                 await self._actor.put(failed)
 
         self._actor.spawn(ask())
+
+    def _order_drain(self, command: OrderDrain) -> None:
+        """Ask the worker beside all else, and tell the operator what it says."""
+        self._log.info("drain", worker=command.worker, **command.order.model_dump())
+
+        async def ask() -> None:
+            reply = await self._movers.drain(command)
+            if isinstance(reply, AdminRefused):
+                self._log.warning("drain_refused", worker=command.worker, reason=reply.reason, why=reply.message)
+            await self._send(command.handle, reply)
+
+        self._actor.spawn(ask())
+
+    def _note_settled(self, command: MigrationSettled) -> None:
+        self._tally.settled(command, self._clock.now_us())
+        self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:
         match reply:
@@ -256,12 +310,26 @@ class SchedulerService:
             self._tally.unsent += 1
             self._log.warning("unsent", subject=subject, reason=str(error))
 
-    async def _answer_status(self, delivery: Delivery) -> None:
-        core = self._core
-        if core is None or not self._inbox.asks_status(delivery):
-            return
+    async def _take_operator(self, delivery: Delivery) -> None:
+        """Answer what only asks; what changes something goes through the core's events."""
+        request, core = self._inbox.operator(delivery), self._core
+        if request is None:
+            if delivery.reply_to:
+                await self._send(delivery.reply_to, _UNREADABLE)
+        elif core is None or not self._contest.leads():
+            await self._send(delivery.reply_to, _NOT_LEADER)
+        elif isinstance(request, StatusRequest):
+            await self._send(delivery.reply_to, self._status(core, sequences=request.sequences))
+        elif isinstance(request, ExplainRequest):
+            await self._send(delivery.reply_to, explain(core, request.request, self._clock.now_us()))
+        else:
+            self._log.info("operator", **request.model_dump())
+            await self._actor.put(OperatorAsked(delivery.reply_to, request))
+
+    def _status(self, core: SchedulerCore, *, sequences: bool) -> Status:
         now_us = self._clock.now_us()
-        status = Status(
+        rows = sequence_statuses(core) if sequences else ()
+        return Status(
             scheduler=self._process,
             policy=self._settings.policy,
             uptime_s=(now_us - self._started_us) / 1_000_000,
@@ -273,8 +341,15 @@ class SchedulerService:
             migrated=self._tally.moves_settled["committed"],
             migrations_failed=self._tally.moves_settled["failed"] + self._tally.moves_settled["timeout"],
             models=tuple(ModelStatus(model=name, gpus_wanted=gpus) for name, gpus in core.scaling.wanted.items()),
+            moves_paused=core.moves_paused,
+            moves=move_statuses(core, now_us),
+            recent_moves=tuple(outcome_status(move, now_us - at_us) for at_us, move in self._tally.recent_moves),
+            failures=tuple(
+                FailureCount(reason=reason, count=count) for reason, count in sorted(self._tally.moves_failed.items())
+            ),
+            sequences=rows[:MOST_SEQUENCES],
+            sequences_left_out=max(0, len(rows) - MOST_SEQUENCES),
         )
-        await self._send(delivery.reply_to, status)
 
     def _open_event_log(self) -> EventLog | None:
         settings = self._settings

@@ -1,20 +1,79 @@
-"""What operators ask of the leading scheduler (through a frontend), and the answers."""
+"""What operators ask of the leading scheduler (through a frontend), and the answers.
 
-from typing import Literal
+Each is answered within about a second; what takes longer is asked again under the same `ask`.
+"""
 
-from pydantic import TypeAdapter
+from typing import Annotated, Literal
 
-from mell_shared.messages.base import Id, Message
+from pydantic import Field, TypeAdapter
+
+from mell_shared.messages.base import Generation, Id, Message, MigrationMode
+
+ModeAsked = MigrationMode | Literal["auto"]
+"""`auto`: as the scheduler would divide between link and prefill."""
 
 
 class StatusRequest(Message):
-    """Ask for the state of the cluster as the scheduler sees it."""
+    """Ask for the state of the cluster as the scheduler sees it; with `sequences` also for each one."""
 
     kind: Literal["status"] = "status"
+    sequences: bool = False
+
+
+class DrainRequest(Message):
+    """Empty a worker (an id, or a name that only one has) and keep it empty until it is undrained.
+
+    After `deadline_s` (None: never) it gives back what is left, to be placed elsewhere. `dry_run` only shows the plan.
+    """
+
+    kind: Literal["drain"] = "drain"
+    worker: Id
+    deadline_s: float | None = Field(default=None, ge=0, le=1_000_000)
+    dry_run: bool = False
+
+
+class UndrainRequest(Message):
+    """Let a worker take work again."""
+
+    kind: Literal["undrain"] = "undrain"
+    worker: Id
+
+
+class MigrateRequest(Message):
+    """Move the sequences of a request (its id, `x-request-id`, or one sequence's id) to a worker while they run.
+
+    Idempotent by `ask`: a repeat tells how the first one's moves stand.
+    """
+
+    kind: Literal["migrate"] = "migrate"
+    ask: Id
+    request: Id
+    target: Id
+    mode: ModeAsked = "auto"
+
+
+class MovingRequest(Message):
+    """Plan no more moves, or go on planning; those of operators are made all the same."""
+
+    kind: Literal["moving"] = "moving"
+    paused: bool
+
+
+class ExplainRequest(Message):
+    """Ask what became of a request (as in `MigrateRequest`), and why."""
+
+    kind: Literal["explain"] = "explain"
+    request: Id
+
+
+AdminRequest = Annotated[
+    StatusRequest | DrainRequest | UndrainRequest | MigrateRequest | MovingRequest | ExplainRequest,
+    Field(discriminator="kind"),
+]
 
 
 class WorkerStatus(Message):
-    """One worker in a status."""
+    """One worker in a status. `draining` takes nothing new; `drained` is so and empty; `standby` ready and empty."""
 
     worker: Id
     name: str
@@ -22,7 +81,7 @@ class WorkerStatus(Message):
     model: Id
     engine: str
     device: str
-    state: Literal["active", "draining", "standby", "silent"]
+    state: Literal["active", "draining", "drained", "standby", "silent"]
     kv_blocks: int
     used_blocks: int
     block_tokens: int
@@ -30,6 +89,12 @@ class WorkerStatus(Message):
     waiting: int
     step_us: int
     report_age_s: float
+    sequences: int = 0
+    """What it holds or is about to, moves not counted."""
+    leaving: int = 0
+    coming: int = 0
+    """By moves under way."""
+    migration_modes: tuple[Id, ...] = ()
 
 
 class ModelStatus(Message):
@@ -37,6 +102,55 @@ class ModelStatus(Message):
 
     model: Id
     gpus_wanted: int
+
+
+class MoveStatus(Message):
+    """One move: under way, or how it came out. Times are seconds; 0 where nothing is known."""
+
+    migration: Id
+    sequence: Id
+    source: Id
+    target: Id
+    mode: MigrationMode
+    reason: Id
+    """Why it was begun."""
+    blocks: int = 0
+    outcome: Literal["moving", "committed", "failed", "timeout", "ended"] = "moving"
+    why: str = ""
+    """Of an outcome that is not `committed`."""
+    predicted_s: float = 0.0
+    took_s: float = 0.0
+    """So far, or in all: from the order to the news."""
+    ago_s: float = 0.0
+    """Since it came out."""
+    stopped_s: float = 0.0
+    """From the source's last token to the target's first."""
+    copied_bytes: int = 0
+    copy_s: float = 0.0
+    prefilled_tokens: int = 0
+    prefill_s: float = 0.0
+
+
+class FailureCount(Message):
+    """How many moves failed for a reason."""
+
+    reason: str
+    count: int
+
+
+class SequenceStatus(Message):
+    """One sequence in a status; `placed` is not confirmed by a report yet, `waiting` has no place."""
+
+    sequence: Id
+    request_id: str = ""
+    """The `x-request-id` of its request, where it is known."""
+    state: Literal["running", "placed", "moving", "waiting"]
+    worker: str = ""
+    target: str = ""
+    tokens: int = 0
+    blocks: int = 0
+    moves: int = 0
+    """Committed since the scheduler has known it."""
 
 
 class Status(Message):
@@ -55,7 +169,146 @@ class Status(Message):
     migrated: int = 0
     migrations_failed: int = 0
     models: tuple[ModelStatus, ...] = ()
+    moves_paused: bool = False
+    moves: tuple[MoveStatus, ...] = ()
+    """Under way."""
+    recent_moves: tuple[MoveStatus, ...] = ()
+    """Over, the latest first."""
+    failures: tuple[FailureCount, ...] = ()
+    """Failed moves since this scheduler started, by reason."""
+    sequences: tuple[SequenceStatus, ...] = ()
+    sequences_left_out: int = 0
 
 
-STATUS_REQUEST: TypeAdapter[StatusRequest] = TypeAdapter(StatusRequest)
+class DrainRow(Message):
+    """A sequence of a draining worker: where it would go now, or (without a target) why nowhere."""
+
+    sequence: Id
+    blocks: int
+    target: str = ""
+    why: str = ""
+
+
+class DrainReply(Message):
+    """Whether the worker drains (with `dry_run`: would), and where its sequences would go."""
+
+    kind: Literal["drain_reply"] = "drain_reply"
+    worker: Id
+    name: str
+    draining: bool
+    dry_run: bool = False
+    deadline_s: float | None = None
+    sequences: tuple[DrainRow, ...] = ()
+
+
+class MoveResult(Message):
+    """How an operator's move of one sequence stands; `there`: it was at the target already."""
+
+    sequence: Id
+    state: Literal["moving", "committed", "failed", "there", "refused"]
+    reason: str = ""
+    """Why it failed or was refused, in one word; `message` says it in full."""
+    message: str = ""
+    move: MoveStatus | None = None
+
+
+class MigrateReply(Message):
+    """How all moves of an ask stand; the same ask again tells how they go on."""
+
+    kind: Literal["migrate_reply"] = "migrate_reply"
+    target: Id
+    moves: tuple[MoveResult, ...]
+
+
+class MovingReply(Message):
+    """Whether the planning of moves is paused."""
+
+    kind: Literal["moving_reply"] = "moving_reply"
+    paused: bool
+
+
+class Happening(Message):
+    """One thing that happened to a sequence.
+
+    `placed`: given a worker; `found`: seen in a worker's report, placed by an earlier leader; `moving`: a move begun;
+    `moved`, `stayed`: how it came out; `gone`: its worker holds it no more.
+    """
+
+    what: Literal["placed", "found", "moving", "moved", "stayed", "gone"]
+    ago_s: float
+    worker: Id
+    generation: Generation
+    why: str = ""
+    blocks: int = 0
+    """Asked for, at a placement."""
+    free_blocks: int = 0
+    """What the worker had left, just before."""
+    waited_s: float = 0.0
+    move: MoveStatus | None = None
+
+
+class Story(Message):
+    """All that the scheduler remembers of one sequence."""
+
+    sequence: Id
+    request_id: str = ""
+    model: str = ""
+    state: Literal["running", "placed", "moving", "waiting", "over"]
+    position: int = 0
+    """Of one that waits: how many are before it."""
+    waited_s: float = 0.0
+    worker: str = ""
+    tokens: int = 0
+    blocks: int = 0
+    happenings: tuple[Happening, ...] = ()
+    left_out: int = 0
+    """Happenings after the first that are no longer remembered."""
+
+
+class Explanation(Message):
+    """The answer to `ExplainRequest`: a story for each sequence of the request."""
+
+    kind: Literal["explanation"] = "explanation"
+    stories: tuple[Story, ...]
+
+
+AdminRefusal = Literal[
+    "invalid",
+    "unknown_worker",
+    "unknown_request",
+    "ambiguous",
+    "over",
+    "not_running",
+    "wrong_model",
+    "unsupported",
+    "no_room",
+    "draining",
+    "silent",
+    "already_moving",
+    "stopping",
+    "unreachable",
+    "not_ready",
+    "not_leader",
+    "overloaded",
+]
+
+
+class AdminRefused(Message):
+    """Nothing was done; the message says why, and what to do.
+
+    `not_running`, `not_ready`, `not_leader`, `unreachable`, `overloaded`: the same may be possible in a moment.
+    """
+
+    kind: Literal["admin_refused"] = "admin_refused"
+    reason: AdminRefusal
+    message: str
+
+
+AdminReply = Annotated[
+    Status | DrainReply | MigrateReply | MovingReply | Explanation | AdminRefused,
+    Field(discriminator="kind"),
+]
+
 STATUS: TypeAdapter[Status] = TypeAdapter(Status)
+ADMIN_REQUEST: TypeAdapter[AdminRequest] = TypeAdapter(AdminRequest)
+ADMIN_REPLY: TypeAdapter[AdminReply] = TypeAdapter(AdminReply)

@@ -60,6 +60,8 @@ Uint32Column = Annotated[
 """Integers in [0, 2**32), packed little-endian on the wire: token ids, indices, generations, counts."""
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Label = Annotated[str, StringConstraints(max_length=200)]
+"""A name that may be missing."""
 Generation = Annotated[int, Field(ge=1, lt=2**32)]
 """Which submission or move of a sequence is meant; only its frontend raises it."""
 

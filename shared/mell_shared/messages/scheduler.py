@@ -4,7 +4,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from mell_shared.messages.base import PROTOCOL_VERSION, Generation, Id, Message, Uint32Column, require_equal_lengths
+from mell_shared.messages.base import (
+    PROTOCOL_VERSION,
+    Generation,
+    Id,
+    Label,
+    Message,
+    MigrationMode,
+    Uint32Column,
+    require_equal_lengths,
+)
 from mell_shared.messages.sampling import FinishReason
 
 
@@ -26,6 +35,8 @@ class PlaceRequest(Message):
     priority: int = 0
     waited_s: float = Field(default=0.0, ge=0)
     excluded: tuple[Id, ...] = ()
+    request_id: Label = ""
+    """What the client and the frontend's log call the request (`x-request-id`)."""
 
 
 class Placed(Message):
@@ -80,7 +91,16 @@ class WorkerSpec(Message):
     link_bytes_per_s: int = Field(default=0, ge=0)
     """What its link carries each way; here and below 0 means unknown."""
     prefill_tokens_per_s: int = Field(default=0, ge=0)
-    """What it can prefill for others without hurting its decodes."""
+    """What it can prefill for others without hurting its decodes: beside one, or a few."""
+    profiled_batches: Uint32Column = []
+    """Numbers of decodes, ascending, beside which that was measured."""
+    profiled_tokens_per_s: Uint32Column = []
+    """What it was beside as many."""
+
+    @model_validator(mode="after")
+    def _rows_match(self) -> Self:
+        require_equal_lengths(profiled_batches=self.profiled_batches, profiled_tokens_per_s=self.profiled_tokens_per_s)
+        return self
 
     @property
     def max_total_tokens(self) -> int:
@@ -161,7 +181,15 @@ class MigrationCommitted(Message):
     prefilled_tokens: int = Field(default=0, ge=0)
     prefill_us: int = Field(default=0, ge=0)
     stopped_us: int = Field(default=0, ge=0)
-    """From the source's last token to the target's first."""
+    """From the source's last token to the target's first; the next three are its shares."""
+    tail_us: int = Field(default=0, ge=0)
+    """Until the source had sent the rest and asked for the commit."""
+    claim_us: int = Field(default=0, ge=0)
+    """From there to the frontend's grant at the target."""
+    first_step_us: int = Field(default=0, ge=0)
+    """From there to the target's first token; 0 if that was computed before the grant."""
+    mode: MigrationMode | None = None
+    """As it was carried out in the end; None: not told."""
 
 
 class MigrationFailed(Message):
@@ -178,10 +206,21 @@ class MigrationFailed(Message):
     generation: Generation
     reason: Id
     message: str = ""
+    mode: MigrationMode | None = None
+
+
+class LaneMeasured(Message):
+    """What the lane from `worker` to `target` carries, measured when they got to know each other."""
+
+    kind: Literal["lane_measured"] = "lane_measured"
+    worker: Id
+    target: Id
+    bytes_per_s: int = Field(ge=1)
+    latency_us: int = Field(ge=0)
 
 
 SchedulerEvent = Annotated[
-    WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished | MigrationCommitted | MigrationFailed,
+    WorkerJoined | WorkerReport | WorkerLeft | SequenceFinished | MigrationCommitted | MigrationFailed | LaneMeasured,
     Field(discriminator="kind"),
 ]
 

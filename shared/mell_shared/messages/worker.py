@@ -13,6 +13,7 @@ from mell_shared.messages.base import (
     Uint32,
     Uint32Column,
 )
+from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import SamplingParams
 
 
@@ -93,8 +94,89 @@ class Undrain(Message):
     term: int = Field(ge=0)
 
 
+class ReserveKv(Message):
+    """A migration's source asks the target for room: blocks for the ids so far and `growth_tokens` more.
+
+    Everything of the sequence but its KV. The target finds in its own prefix cache what it can and says how much.
+    With `tokens` it begins at once to prefill all ids, with `hybrid` the first `split_tokens`. Answered with
+    `KvReserved` or `KvRefused` at once, never queued.
+    """
+
+    kind: Literal["reserve_kv"] = "reserve_kv"
+    migration: Id
+    sequence: Id
+    generation: Generation
+    source: Id
+    frontend: Id
+    model: Id
+    kv_layout: str
+    block_tokens: int = Field(ge=1)
+    prompt_ids: Uint32Column
+    output_ids: Uint32Column = []
+    sampling: SamplingParams
+    priority: int = 0
+    max_outputs: int = Field(ge=1)
+    """Where the output ends at the latest, as the worker that it began on has it."""
+    cached_tokens: int = Field(default=0, ge=0)
+    """Of the prompt, as told to the frontend by the worker that it began on."""
+    mode: MigrationMode
+    split_tokens: int = Field(default=0, ge=0)
+    growth_tokens: int = Field(default=0, ge=0)
+    protocol: int = PROTOCOL_VERSION
+
+
+class ExtendKv(Message):
+    """The source tells new output ids, from output index `first_index` on, and up to where the target shall prefill.
+
+    `prefill_tokens` counts prompt and output; lower than what is computed it means: prefill no further. Answered with
+    `CaughtUp` when that is reached, or a little later with how far it is; with `KvRefused` if nothing is held.
+    """
+
+    kind: Literal["extend_kv"] = "extend_kv"
+    migration: Id
+    number: int = Field(ge=0)
+    """Counts the source's questions, so that an answer belongs to one of them."""
+    first_index: Uint32
+    output_ids: Uint32Column = []
+    prefill_tokens: int = Field(ge=0)
+
+
+class CommitMigration(Message):
+    """The sequence stands still at the source: take it over. Answered when the frontend has decided.
+
+    `output_ids` from output index `first_index` on complete the ids; KV of the slots named was sent and confirmed.
+    What KV is missing the target computes. The other fields say what the source's part took, for the report.
+    """
+
+    kind: Literal["commit_migration"] = "commit_migration"
+    migration: Id
+    first_index: Uint32
+    output_ids: Uint32Column = []
+    computed_tokens: int = Field(ge=0)
+    """KV that the source holds, in tokens; whatever was sent is valid up to there."""
+    sent_slots: Uint32Column = []
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the last outputs, which the frontend may not have accepted; the last is the last output's."""
+    copied_bytes: int = Field(default=0, ge=0)
+    copy_us: int = Field(default=0, ge=0)
+    mode: MigrationMode
+    """As it was carried out in the end."""
+    tail_us: int = Field(default=0, ge=0)
+    """From the source's last token to this message."""
+
+
+class ReleaseKv(Message):
+    """The migration is off: free what is held for it. Without effect on a claim under way; safe to repeat."""
+
+    kind: Literal["release_kv"] = "release_kv"
+    migration: Id
+
+
+PeerCommand = ReserveKv | ExtendKv | CommitMigration | ReleaseKv
+"""What one worker asks another during a migration."""
+
 WorkerCommand = Annotated[
-    Submit | Cancel | Resend | Report | Migrate | Drain | Undrain,
+    Submit | Cancel | Resend | Report | Migrate | Drain | Undrain | ReserveKv | ExtendKv | CommitMigration | ReleaseKv,
     Field(discriminator="kind"),
 ]
 
@@ -165,6 +247,63 @@ class DrainRefused(Message):
     term: int = Field(default=0, ge=0)
 
 
+class KvReserved(Message):
+    """Room is held, and an offer waits at `address` for whoever names `secret` and `size_bytes`.
+
+    Slot i of the offer is block `held_tokens / block_tokens` + i of the sequence. `step_tokens`: what the target can
+    prefill in one step, the most that may be left for it to compute when the sequence stops.
+    """
+
+    kind: Literal["kv_reserved"] = "kv_reserved"
+    held_tokens: int = Field(ge=0)
+    """Found in its prefix cache, whole blocks: neither to be sent nor to be computed."""
+    slots: int = Field(ge=0)
+    address: str
+    secret: bytes
+    size_bytes: int = Field(ge=0, lt=2**63)
+    step_tokens: int = Field(ge=0)
+
+
+class KvRefused(Message):
+    """Nothing is held for this migration. `reason` is one of `MigrationFailed`'s."""
+
+    kind: Literal["kv_refused"] = "kv_refused"
+    reason: Id
+    message: str
+
+
+class CaughtUp(Message):
+    """The target holds KV of the first `computed_tokens` tokens that it found or computed itself."""
+
+    kind: Literal["caught_up"] = "caught_up"
+    computed_tokens: int = Field(ge=0)
+
+
+class CommitGranted(Message):
+    """The sequence goes on at the target under the new generation: free it."""
+
+    kind: Literal["commit_granted"] = "commit_granted"
+    generation: Generation
+
+
+class CommitRefused(Message):
+    """The target does not go on with the sequence and holds nothing for it. `reason` is one of `MigrationFailed`'s."""
+
+    kind: Literal["commit_refused"] = "commit_refused"
+    reason: Id
+    message: str
+
+
+class KvReleased(Message):
+    """Nothing is held for the migration, unless the frontend is being asked about it right now."""
+
+    kind: Literal["kv_released"] = "kv_released"
+
+
+PeerReply = KvReserved | KvRefused | CaughtUp | CommitGranted | CommitRefused | KvReleased
+"""Answers to `PeerCommand`s."""
+
+
 class CommandInvalid(Message):
     """The command could not be read; it was dropped."""
 
@@ -181,6 +320,12 @@ WorkerReply = Annotated[
     | MigrateRefused
     | DrainSet
     | DrainRefused
+    | KvReserved
+    | KvRefused
+    | CaughtUp
+    | CommitGranted
+    | CommitRefused
+    | KvReleased
     | CommandInvalid,
     Field(discriminator="kind"),
 ]

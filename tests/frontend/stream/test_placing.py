@@ -54,6 +54,7 @@ def test_a_new_sequence_is_placed_by_its_size_alone() -> None:
         "priority": 0,
         "waited_s": 0.0,
         "excluded": (),
+        "request_id": "",
     }
 
 
@@ -264,12 +265,15 @@ def test_a_sequence_that_was_admitted_outlives_the_loss_of_its_last_worker() -> 
     assert failure == FailSequence("s", "unavailable", "no worker for fake", 1.0)
 
 
-def test_a_sequence_that_no_longer_fits_anywhere_fails_at_once() -> None:
-    """`too_large` cannot be mended by waiting."""
-    bench = Bench()
+def test_a_sequence_that_no_longer_fits_anywhere_waits_for_its_worker_to_return() -> None:
+    """The worker that was large enough may be restarting: only after the deadline the reader hears what would fit."""
+    bench = Bench(StreamLimits(place_deadline_us=2 * SECOND_US))
     submission = bench.place("w1", [opened(bench)])
     asked = placement(bench.handle(SubmitFailed("s", submission.ask, "no_responder")))
-    (failure,) = bench.handle(answer(asked, Rejected(reason="too_large", message="no", limit_tokens=8)))
+    rejection = Rejected(reason="too_large", message="no", limit_tokens=8)
+    assert bench.handle(answer(asked, rejection)) == []
+    asked = placement(bench.handle(Ticked(), after_us=SECOND_US))
+    (failure,) = bench.handle(answer(asked, rejection), after_us=2 * SECOND_US)
     assert failure == FailSequence("s", "too_large", "no", None, 8)
 
 

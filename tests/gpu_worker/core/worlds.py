@@ -142,6 +142,7 @@ def worker_config(**changes: Any) -> WorkerConfig:
         "kv_blocks": 16,
         "block_tokens": BLOCK_TOKENS,
         "max_sequences": 8,
+        "migration_modes": (),
     }
     spec |= {name: changes.pop(name) for name in list(changes) if name in spec}
     own: dict[str, Any] = {

@@ -1,3 +1,4 @@
+import psutil
 import torch
 
 from mell_gpu_worker.core.step import StepRow
@@ -19,6 +20,17 @@ def test_a_block_is_one_run_of_bytes_over_all_layers() -> None:
         assert block.is_contiguous()
         assert block.numel() == SHAPE.block_bytes
         assert block.data_ptr() == start + index * SHAPE.block_bytes
+
+
+def test_memory_is_taken_as_blocks_are_written() -> None:
+    """A pool of 2 GB that holds nothing takes next to nothing, reads as zeros, and one block takes one block."""
+    before_bytes = psutil.Process().memory_info().rss
+    pool = KvPool(2_000_000_000 // SHAPE.block_bytes, SHAPE, CPU)
+    pool.block(pool.blocks // 2).fill_(1)
+    assert psutil.Process().memory_info().rss - before_bytes < 100_000_000
+    assert not pool.block(pool.blocks - 1).any()
+    assert not pool.block(pool.blocks // 2 - 1).any()
+    assert pool.block(pool.blocks // 2).all()
 
 
 def test_a_block_moves_between_pools_as_bytes() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mell_gpu_worker.transport import factory
-from mell_gpu_worker.transport.addresses import Address
+from mell_gpu_worker.transport.addresses import Address, address_towards
 from mell_gpu_worker.transport.base import ProtocolError, RefusedError, TransportOptions
 from mell_gpu_worker.transport.checksum import checksum_of
 from mell_gpu_worker.transport.chunks import Slots, cut, scatter
@@ -18,7 +18,7 @@ from mell_gpu_worker.transport.factory import TransportUnavailableError, open_tr
 from mell_gpu_worker.transport.frames import FRAME_BYTES, Answer, Chunk, Hello, Mark, Verdict
 from mell_gpu_worker.transport.progress import ProgressDriver
 from mell_gpu_worker.transport.regions import DeviceBytes, DeviceRegion, HostRegion, region_of
-from mell_gpu_worker.transport.self_test import LaneMeasured, measure, offer_probe, serve_probe, warn_if_slow
+from mell_gpu_worker.transport.self_test import measure, measure_itself, offer_probe, serve_probe
 from tests.gpu_worker.transport.stage import Stage, eventually
 
 U32 = st.integers(0, 2**32 - 1)
@@ -241,21 +241,19 @@ async def test_tcp_does_not_take_cuda_memory() -> None:
     await transport.close()
 
 
-async def test_a_lane_is_measured_and_warned_of(stage: Stage) -> None:
-    """A probe gives bandwidth and latency of the real path; a lane under the expected speed is told of."""
+async def test_a_lane_is_measured(stage: Stage) -> None:
+    """A probe gives bandwidth and latency of the real path, to another transport and to itself."""
     source, target = await stage.transport(), await stage.transport()
     secret = secrets.token_bytes(32)
     serving = asyncio.create_task(serve_probe(offer_probe(target, secret, 60.0), 60.0))
-    lane = await measure(source, target.address, secret, 60.0)
+    for lane in (await measure(source, target.address, secret, 60.0), await measure_itself(source, 60.0)):
+        assert lane.bytes_per_s > 0
+        assert lane.latency_s > 0
     await serving
-    assert lane.bytes_per_s > 0
-    assert lane.latency_s > 0
-    told: list[str] = []
 
-    def tell(event: str, fields: dict[str, Any]) -> None:
-        told.append(f"{event} {fields['peer']}")
 
-    assert not warn_if_slow(LaneMeasured(1e9, 1e-3), "tcp://a:1", TransportOptions(slow_bytes_per_s=1e9), tell)
-    assert not told
-    assert warn_if_slow(LaneMeasured(0.9e9, 1e-3), "tcp://a:1", TransportOptions(slow_bytes_per_s=1e9), tell)
-    assert told == ["transport_lane_slow tcp://a:1"]
+async def test_this_machines_address_is_the_one_on_the_way_to_the_broker() -> None:
+    """On loopback for a broker on loopback."""
+    assert await address_towards("nats://127.0.0.1:4222", 4222) == "127.0.0.1"
+    assert await address_towards("nats://user:secret@127.0.0.1", 4222) == "127.0.0.1"
+    assert await address_towards("127.0.0.1", 4222) == "127.0.0.1"

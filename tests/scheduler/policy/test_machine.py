@@ -28,6 +28,9 @@ class PolicyMachine(RuleBasedStateMachine):
         self.in_flight: dict[str, Move] = {}
         self.names = 0
         self.now_us = 0
+        self.epochs = 0
+        self.moved_in: dict[str, int] = {}
+        """Item -> the epoch in which its last move was committed."""
         for _ in range(4):
             self.gpu_arrives("a", CAPACITY)
         self.gpu_arrives("b", CAPACITY)
@@ -41,6 +44,7 @@ class PolicyMachine(RuleBasedStateMachine):
         """The item is gone."""
         del self.sizes[item_id]
         self.in_flight.pop(item_id, None)
+        self.moved_in.pop(item_id, None)
 
     @rule(model=st.sampled_from(MODELS), capacity=st.sampled_from((CAPACITY, CAPACITY // 2)))
     def gpu_arrives(self, model: str, capacity: int) -> None:
@@ -92,6 +96,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def epoch(self) -> None:
         """Moves are planned; none may overload its target."""
         self.now_us += 1_000_000
+        self.epochs += 1
         over = set(self.policy.overloaded())
         moves = self.policy.epoch(self.now_us)
         assert [m.priority for m in moves] == sorted(m.priority for m in moves)
@@ -100,6 +105,7 @@ class PolicyMachine(RuleBasedStateMachine):
             assert self.policy.gpu_of(move.item_id) == move.source
             assert self.policy.moving_to(move.item_id) == move.target
             assert move.reason is not Reason.OVERLOAD or move.source in over
+            assert move.reason in (Reason.OVERLOAD, Reason.DRAIN) or self.rested(move.item_id), "it bounces"
             self.in_flight[move.item_id] = move
         assert set(self.policy.overloaded()) <= over, "a plan overloaded a GPU, counting both ends"
 
@@ -110,11 +116,55 @@ class PolicyMachine(RuleBasedStateMachine):
         move = self.in_flight.pop(data.draw(st.sampled_from(sorted(self.in_flight))))
         if committed:
             self.policy.moved(move.item_id)
+            self.moved_in[move.item_id] = self.epochs
         else:
             self.policy.failed(move.item_id)
         expected = move.target if committed else move.source
         assert self.policy.gpu_of(move.item_id) == expected
         assert self.policy.moving_to(move.item_id) is None
+
+    def rested(self, item_id: str) -> bool:
+        """Whether an item's rest since its last move is over."""
+        moved_in = self.moved_in.get(item_id)
+        return moved_in is None or self.epochs - moved_in > self.policy_settings.cooldown_epochs
+
+    @precondition(lambda self: self.sizes)
+    @rule(data=st.data())
+    def order(self, data: st.DataObject) -> None:
+        """An operator moves an item: only into room there is now, on a GPU that takes something."""
+        item_id = data.draw(st.sampled_from(sorted(self.sizes)))
+        source = self.policy.gpu_of(item_id)
+        assert source is not None
+        model = self.model_of(source)
+        others = [g for g in self.policy.gpu_ids() if g != source and self.model_of(g) == model]
+        if not others:
+            return
+        target = data.draw(st.sampled_from(others))
+        over = set(self.policy.overloaded())
+        state = self.policy.state(target)
+        move = self.policy.order_move(item_id, target)
+        if move is None:
+            return
+        assert (move.source, move.target, move.reason) == (source, target, Reason.MANUAL)
+        assert item_id not in self.in_flight
+        assert state in (GpuState.ACTIVE, GpuState.STANDBY)
+        assert set(self.policy.overloaded()) <= over, "an operator's move overloaded a GPU"
+        self.in_flight[item_id] = move
+
+    @rule(data=st.data())
+    def rehearse(self, data: st.DataObject) -> None:
+        """What a drain would do is told without doing it, and each target has room."""
+        gpu_id = data.draw(st.sampled_from(self.policy.gpu_ids()))
+        before = {g: (self.policy.used_blocks(g), self.policy.state(g)) for g in self.policy.gpu_ids()}
+        order = {g: self.policy.items_on(g) for g in self.policy.gpu_ids()}
+        targets = self.policy.rehearse_drain(gpu_id)
+        assert {g: self.policy.items_on(g) for g in self.policy.gpu_ids()} == order
+        assert {g: (self.policy.used_blocks(g), self.policy.state(g)) for g in self.policy.gpu_ids()} == before
+        assert [item_id for item_id, _ in targets] == self.policy.items_on(gpu_id)
+        for item_id, target in targets:
+            assert target is None or self.model_of(target) == self.model_of(gpu_id)
+            moving = self.policy.moving_to(item_id)
+            assert moving is None or target == moving
 
     @precondition(lambda self: len(self.policy.gpu_ids()) > 2)
     @rule(data=st.data())
@@ -160,7 +210,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
 VARIANTS = {
     "both ends held": (PolicySettings(), None),
-    "instant moves": (PolicySettings(hold_both_ends=False, cooldown_epochs=1), None),
+    "instant moves": (PolicySettings(hold_both_ends=False, cooldown_epochs=3), None),
     "two capacities": (PolicySettings(head_room=0.1), StepProfile(1_000, 50, 10, 2_000)),
 }
 

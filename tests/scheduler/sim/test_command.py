@@ -54,6 +54,13 @@ def test_json_has_exactly_the_agreed_keys(app: typer.Typer, tmp_path: Path) -> N
     assert all(set(row) == KEYS for row in policies.values())
 
 
+def test_json_can_go_to_standard_output(app: typer.Typer) -> None:
+    """A dash prints the figures alone, for the next program in a pipe; the table goes beside them."""
+    result = CliRunner().invoke(app, [*SHORT, "--json", "-"])
+    assert set(json.loads(result.stdout)["policies"]) == {"repack", "worst-fit"}
+    assert "volume bound" in " ".join(result.stderr.split())
+
+
 def test_a_seed_fixes_a_run(app: typer.Typer, tmp_path: Path) -> None:
     """Equal flags give equal figures and decisions, times taken to decide excepted; another seed others."""
     logs = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
@@ -89,6 +96,8 @@ def test_the_page_is_self_contained(app: typer.Typer, tmp_path: Path) -> None:
     assert page.count("<svg") == 5
     assert page.count("<polyline") == 10
     assert "http" not in page
+    assert "moved tokens per request" in page
+    assert "copied bytes per s" in page
     assert "<script" not in page
 
 
@@ -103,7 +112,12 @@ WRONG = {
     ("paper:1", "--model", "llama-3.1-70b"): "does not fit on 1 x a100-40",
     ("paper:1", "--capacity-tokens", "5"): "every request is over the capacity of 5 tokens",
     ("paper:1", "--until-s", "10", "--warmup-s", "20"): "leaves nothing of 10 s",
-    ("paper:1", "--until-s", "10", "--json", "no/such/folder.json"): "No such file",
+    ("paper:1", "--until-s", "10", "--json", "no/such/folder.json"): "cannot write no/such/folder.json: No such file",
+    ("paper:1", "--until-s", "10", "--html", "/"): "cannot write /: Is a directory",
+    ("paper:1", "--until-s", "10", "--equal-slo"): "give --mode timed too",
+    ("paper:1", "--until-s", "10", "--gpus", "4"): "give --mode timed too",
+    ("paper:1", "--move-s", "inf"): "Invalid value for '--move-s'",
+    ("paper:1", "--length-scale", "inf"): "Invalid value for '--length-scale'",
 }
 
 
@@ -133,7 +147,14 @@ def test_timed_mode_shows_latency(app: typer.Typer, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, flags)
     assert result.exit_code == 0, result.output
     assert "TTFT" in result.output
-    assert set(json.loads(file.read_text())["timed"]["repack"]) >= {"attainment", "ttft_p99_s", "gpu_hours"}
+    assert set(json.loads(file.read_text())["timed"]["repack"]) >= {
+        "attainment",
+        "ttft_p99_s",
+        "gpu_hours",
+        "moves_per_request",
+        "copied_bytes_per_s",
+        "prefilled_tokens_per_request",
+    }
 
 
 def test_timed_mode_tells_its_decisions(app: typer.Typer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mell_scheduler.sim.core_driver import CoreDriver
 from mell_scheduler.sim.driver import Driver, PolicyDriver
 from mell_scheduler.sim.memory import MemoryRun, MemorySettings
 from mell_scheduler.sim.paper import paper_workload
+from mell_scheduler.sim.requests import Request, Workload
 from mell_scheduler.sim.roofline import Roofline
 from mell_scheduler.sim.series import Window
 from mell_scheduler.sim.slo import measure
@@ -123,3 +124,14 @@ def test_a_core_serves_timed_mode_too() -> None:
         latencies.append(measure(run, Window(0.0, 120.0)))
     assert [latency.unfinished for latency in latencies] == [0, 0]
     assert latencies[1].gpu_hours == pytest.approx(latencies[0].gpu_hours, rel=0.1)
+
+
+def test_the_core_outlives_its_last_worker() -> None:
+    """With no spares a pause stops every GPU, for longer than a live scheduler would remember the model."""
+    requests = [Request(0, 400, 40), Request(200_000_000, 400, 40)]
+    roofline = Roofline.of("llama-2-13b", "a100-40")
+    run = TimedRun(Workload("w", requests), TimedSettings(roofline, spares=0), CoreDriver("repack", PolicySettings()))
+    for _ in run.run(201.0, 60.0):
+        pass
+    assert [sequence.finished_s is not None for sequence in run.sequences] == [True, True]
+    assert 0 in run.series.gpus[10:]

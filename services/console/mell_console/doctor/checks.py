@@ -138,5 +138,6 @@ def _broker(facts: Facts) -> Check:
 
 def _port(facts: Facts) -> Check:
     if facts.port_problem:
-        return Check("port", "missing", facts.port_problem, f"use mell up --port with another than {facts.port}")
+        found, _, advice = facts.port_problem.partition(": ")
+        return Check("port", "missing", found, advice or f"use mell up --port with another than {facts.port}")
     return Check("port", "good", f"{facts.port} is free")

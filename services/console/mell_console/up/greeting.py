@@ -22,9 +22,10 @@ def curl_line(url: str, model: str, api_key: str) -> str:
 
 def python_snippet(url: str, model: str, api_key: str) -> str:
     """Return a Python program that streams a chat completion with the official client."""
+    base, key, name = map(json.dumps, (f"{url}/v1", api_key or "none", model))
     return f"""from openai import OpenAI  # pip install openai
-client = OpenAI(base_url={f"{url}/v1"!r}, api_key={api_key or "none"!r})
-question = [{{"role": "user", "content": {_QUESTION!r}}}]
-for chunk in client.chat.completions.create(model={model!r}, messages=question, stream=True):
+client = OpenAI(base_url={base}, api_key={key})
+question = [{{"role": "user", "content": {json.dumps(_QUESTION)}}}]
+for chunk in client.chat.completions.create(model={name}, messages=question, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 """

@@ -38,4 +38,6 @@ class UpSettings(CommandLineSettings):
         0, ge=0, le=65000, description="First of the metrics ports (scheduler, then workers); 0: none."
     )
     ready_s: float = Field(300.0, gt=0, description="How long the services may take to get ready.")
-    stop_s: float = Field(15.0, gt=0, description="How long each service may take to stop before it is killed.")
+    stop_s: float = Field(
+        15.0, gt=0, description="How long each service may take to stop before it is killed; streams have 60% of it."
+    )

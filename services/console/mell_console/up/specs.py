@@ -7,7 +7,10 @@ from mell_console.up.child import ChildSpec
 from mell_console.up.plan import WorkerPlan
 from mell_console.up.settings import UpSettings
 
-_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_LOG_FORMAT"}
+_STREAMS_SHARE = 0.6
+"""Of the time a service has to stop, for streams that still run; the rest is for ending them and itself."""
+
+_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_DATA_PORT", "MELL_LOG_FORMAT"}
 """Variables that must not reach every child alike."""
 
 
@@ -59,7 +62,8 @@ class Launch:
 
     def _environment(self, own: Mapping[str, str]) -> Mapping[str, str]:
         kept = {name: value for name, value in self.environment.items() if name not in _OF_ONE_PROCESS}
-        return {**kept, "PYTHONUNBUFFERED": "1", **own}
+        patience_s = f"{self.settings.stop_s * _STREAMS_SHARE:g}"
+        return {"MELL_STOP_DEADLINE_S": patience_s, **kept, "PYTHONUNBUFFERED": "1", **own}
 
     def _metrics(self, number: int) -> list[str]:
         return ["--metrics-port", str(self.settings.metrics_port + number)] if self.settings.metrics_port else []

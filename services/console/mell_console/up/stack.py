@@ -24,6 +24,7 @@ from mell_shared.clock import Clock
 from mell_shared.models import ModelNotFoundError, locate_model
 from mell_shared.nats_bus import NatsBus
 from mell_shared.process import StartError
+from mell_shared.settings import ServiceSettings
 
 _PULL_STOP_S = 2.0
 
@@ -42,6 +43,11 @@ class StackPlan:
     def url(self) -> str:
         """Where a client on this machine reaches the frontend."""
         return public_url(self.settings.host, self.port)
+
+    @property
+    def admin_key(self) -> str:
+        """The frontend's admin key; empty if it has none."""
+        return self.environment.get("MELL_ADMIN_KEY", "")
 
     @property
     def api_key(self) -> str:
@@ -78,7 +84,7 @@ class Stack:
             await _all([scheduler_ready, *(self._ready_task(service, deadline_s) for service in others)])
         finally:
             scheduler_ready.cancel()
-        await await_workers(self._plan.url, self._plan.api_key, len(self._plan.workers), deadline_s)
+        await await_workers(self._plan.url, self._plan.admin_key, len(self._plan.workers), deadline_s)
 
     async def stop(self) -> None:
         """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""
@@ -100,7 +106,9 @@ class Stack:
         outside = self._plan.settings.nats_url
         self._screen.begin("broker")
         if outside:
-            bus = await NatsBus.connect(outside, name="mell up")
+            # With the files that the services will be given, in the same variables.
+            access = ServiceSettings().broker_access("")
+            bus = await NatsBus.connect(outside, name="mell up", access=access)
             await bus.close()
             self._screen.end("broker", "outside NATS answers")
             return outside

@@ -114,8 +114,9 @@ class Placing:
     def _rejected(self, sequence: Sequence, reply: Rejected, now_us: int) -> list[Command]:
         kind = REJECTED_AS[reply.reason]
         failure = FailSequence(sequence.name, kind, reply.message, reply.retry_after_s, reply.limit_tokens)
-        # Once submitted, a sequence was admitted: it may have to wait until its lost worker is replaced.
-        if sequence.generation > 1 and reply.reason != "too_large":
+        # Once submitted, a sequence was admitted: it may have to wait until its lost worker is replaced, which may
+        # be the only one that is large enough.
+        if sequence.generation > 1:
             sequence.excluded = ()
             return self._again_or_fail(sequence, failure, now_us)
         return self._life.fail(sequence, failure, now_us)

@@ -4,6 +4,10 @@ Decodes come first, then prefill in chunks, all within a budget of tokens a step
 its tokens and the next one. Only when a decode finds no block is somebody preempted: the lowest priority, then the
 latest arrival; it gives all its blocks back, waits, and comes back before anything new, recomputing what the prefix
 cache has lost. The first in order is never preempted, so it always ends.
+
+Sequences that are about to move here hold blocks too, and are prefilled with what is left of the budget. Short of
+blocks, they go first: their source still has them. Blocks that a transfer still uses come free a moment later; whoever
+needs one then sits a step out.
 """
 
 from bisect import insort
@@ -13,6 +17,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from mell_gpu_worker.core.blocks import BlockPool
+from mell_gpu_worker.core.loans import Loans
 from mell_gpu_worker.core.sequence import Phase, Sequence
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
 from mell_shared.messages.sampling import FinishReason
@@ -34,16 +39,23 @@ class Batcher:
     def __init__(self, pool: BlockPool, root: bytes, *, max_step_tokens: int, max_sequences: int) -> None:
         assert max_step_tokens >= max_sequences, "every running sequence must be able to decode in one step"
         self.pool = pool
+        self.loans = Loans(pool)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.arriving: list[Sequence] = []
+        """Held for migrations, in the order of their reservation."""
+        self.newcomers: list[Sequence] = []
+        """Moved here and running, without a token made here so far."""
         self.preemptions = 0
         self.decodes_only = True
         """Whether the step planned last has no prefill in it."""
         self._root = root
-        self._max_step_tokens = max_step_tokens
+        self.max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
         self._step: list[tuple[Sequence, int]] = []
         self._ended_in_step: list[list[int]] = []
+        self._sitting_out = 0
+        """Sequences of the step being planned that wait for blocks which come free soon."""
 
     @property
     def computing(self) -> bool:
@@ -54,15 +66,48 @@ class Batcher:
 
     def admit(self, sequence: Sequence) -> bool:
         """Run `sequence` if its tokens and one more fit now and nobody preempted waits; else change nothing."""
-        full = len(self.running) >= self._max_sequences
-        if full or self.waiting or not self._place(sequence, spare_blocks=0):
+        if self._full or self.waiting or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=0):
             return False
         insort(self.running, sequence, key=_ORDER)
         return True
 
+    @property
+    def _full(self) -> bool:
+        return len(self.running) + len(self.arriving) >= self._max_sequences
+
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Hold blocks for `tokens` tokens of a sequence that may move here, if they fit now; else change nothing."""
+        # A block of growth for each that runs, else the reservation would soon be dropped again.
+        if self._full or self.waiting or not self._place(sequence, tokens, spare_blocks=len(self.running)):
+            return False
+        sequence.phase = Phase.ARRIVING
+        self.arriving.append(sequence)
+        return True
+
+    def start(self, sequence: Sequence, computed: int) -> None:
+        """Run an arriving sequence, KV of whose first `computed` tokens is in place; its blocks hold all its tokens."""
+        assert not sequence.in_step, "its blocks are being written"
+        assert sequence.computed <= computed < len(sequence.token_ids)
+        assert len(sequence.token_ids) <= len(sequence.blocks) * self.pool.block_tokens
+        self.arriving.remove(sequence)
+        self._seal(sequence, computed - sequence.computed)
+        sequence.computed = computed
+        needed = self.pool.blocks_for(len(sequence.token_ids) + 1)
+        self.pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
+        sequence.phase, sequence.started = Phase.RUNNING, True
+        insort(self.running, sequence, key=_ORDER)
+        self.newcomers.append(sequence)
+
+    def wait(self, sequence: Sequence) -> None:
+        """Let a new sequence run as soon as its blocks fit, like one that was preempted."""
+        sequence.phase = Phase.WAITING
+        insort(self.waiting, sequence, key=_ORDER)
+
     def end(self, sequence: Sequence) -> None:
         """Take a live sequence out; its blocks are free now, or when the step being computed is done."""
-        (self.running if sequence.phase is Phase.RUNNING else self.waiting).remove(sequence)
+        self._rows_of(sequence.phase).remove(sequence)
+        self._no_newcomer(sequence)
         if sequence.in_step:
             self._ended_in_step.append(sequence.blocks)
         else:
@@ -70,9 +115,16 @@ class Batcher:
         sequence.blocks = []
         sequence.phase = Phase.ENDED
 
-    def _place(self, sequence: Sequence, spare_blocks: int) -> bool:
+    def _rows_of(self, phase: Phase) -> list[Sequence]:
+        return {Phase.RUNNING: self.running, Phase.WAITING: self.waiting, Phase.ARRIVING: self.arriving}[phase]
+
+    def _no_newcomer(self, sequence: Sequence) -> None:
+        if sequence in self.newcomers:
+            self.newcomers.remove(sequence)
+
+    def _place(self, sequence: Sequence, tokens: int, spare_blocks: int) -> bool:
         shared = self._cached_blocks(sequence)
-        fresh = self.pool.blocks_for(len(sequence.token_ids) + 1) - len(shared)
+        fresh = self.pool.blocks_for(tokens) - len(shared)
         if not self.pool.fits(shared, fresh + spare_blocks):
             return False
         self.pool.share(shared)
@@ -92,14 +144,16 @@ class Batcher:
     def _resume_waiting(self) -> None:
         while self.waiting:
             # A block of growth for each that runs, else it would soon be preempted again.
-            if not self._place(self.waiting[0], spare_blocks=len(self.running)):
+            sequence = self.waiting[0]
+            if not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
                 return
-            sequence = self.waiting.pop(0)
+            self.waiting.pop(0)
             sequence.phase = Phase.RUNNING
             insort(self.running, sequence, key=_ORDER)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._no_newcomer(sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
@@ -113,8 +167,11 @@ class Batcher:
         """Return the next step's rows, none if nobody runs; the step before must be committed."""
         assert not self._step, "the last step is not committed"
         self._resume_waiting()
+        self._sitting_out = 0
         rows = list(self._decode_rows())
-        prefills = list(self._prefill_rows(self._max_step_tokens - len(rows)))
+        budget_tokens = self.max_step_tokens - len(rows)
+        prefills = list(self._prefill_rows(budget_tokens))
+        prefills += self._arriving_rows(budget_tokens - sum(row.count for row in prefills))
         self.decodes_only = not prefills
         return rows + prefills
 
@@ -124,13 +181,22 @@ class Batcher:
             tokens = len(sequence.token_ids)
             if sequence.computed != tokens - 1 or not sequence.started or sequence.phase is not Phase.RUNNING:
                 continue
+            if sequence.halted:
+                continue
             if tokens <= len(sequence.blocks) * size or self._grow(sequence):
                 yield self._row(sequence, 1)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Give `sequence` one more block, at the cost of those behind it; False if that was itself."""
+        """Give `sequence` one more block, at the cost of those behind it; False if it gets none in this step."""
         while not self.pool.free_blocks:
-            victim = self.running[-1]
+            if self.loans and self.loans.coming_blocks > self._sitting_out:
+                self._sitting_out += 1
+                return False
+            if self.arriving:
+                self.end(self.arriving[-1])
+                continue
+            # Not one that stands still: its blocks are about to be free, or it is about to go on.
+            victim = next(row for row in reversed(self.running) if not row.halted)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -139,15 +205,26 @@ class Batcher:
 
     def _prefill_rows(self, budget_tokens: int) -> Iterator[StepRow]:
         coming: set[bytes] = set()
-        for sequence in self.running:
+        size = self.pool.block_tokens
+        # First who has moved here in mid-decode: somebody is waiting for the next token.
+        for sequence in (*self.newcomers, *self.running):
             if not budget_tokens:
                 return
-            if sequence.in_step or (not sequence.started and self._soon_cached(sequence, coming)):
+            if sequence.halted or sequence.in_step or (not sequence.started and self._soon_cached(sequence, coming)):
                 continue
+            if len(sequence.token_ids) > len(sequence.blocks) * size:
+                continue  # sits this step out
             count = min(len(sequence.token_ids) - sequence.computed, budget_tokens)
             budget_tokens -= count
             coming.update(self._digests_filled(sequence, count))
             yield self._row(sequence, count)
+
+    def _arriving_rows(self, budget_tokens: int) -> Iterator[StepRow]:
+        for sequence in self.arriving:
+            count = min(sequence.prefill_limit - sequence.computed, budget_tokens)
+            if count > 0:
+                budget_tokens -= count
+                yield self._row(sequence, count)
 
     def _soon_cached(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Whether another row of this step computes the block that `sequence` needs next, so that waiting saves work.
@@ -202,6 +279,8 @@ class Batcher:
             sampled, end = None, "error"
         elif sampled is not None:
             end = sequence.append(sampled)
+            if self.newcomers:
+                self._no_newcomer(sequence)
         if end is not None:
             self.end(sequence)
         return Progress(sequence, sampled is not None, end)
@@ -224,7 +303,8 @@ class Batcher:
 
     def check(self) -> None:
         """Assert that every block has the holders it should have and every sequence is where its phase says."""
-        self.pool.check([*(sequence.blocks for sequence in self.running), *self._ended_in_step])
+        held = [sequence.blocks for sequence in (*self.running, *self.arriving)]
+        self.pool.check([*held, *self._ended_in_step, *self.loans])
         assert self.running == sorted(self.running, key=_ORDER), "running sequences are out of order"
         assert self.waiting == sorted(self.waiting, key=_ORDER), "waiting sequences are out of order"
         assert all(sequence.phase is Phase.RUNNING for sequence in self.running), "a running sequence says otherwise"
@@ -233,4 +313,9 @@ class Batcher:
             tokens = len(sequence.token_ids)
             assert sequence.computed < tokens, f"{sequence.sequence} has nothing left to compute"
             assert tokens <= len(sequence.blocks) * self.pool.block_tokens + 1, f"{sequence.sequence} lacks blocks"
+        assert all(sequence in self.running for sequence in self.newcomers), "a newcomer does not run"
+        assert all(sequence.phase is Phase.ARRIVING for sequence in self.arriving), "an arriving one says otherwise"
+        for sequence in self.arriving:
+            tokens = min(len(sequence.token_ids) - 1, len(sequence.blocks) * self.pool.block_tokens)
+            assert sequence.prefill_limit <= tokens, f"{sequence.sequence} prefills beyond its tokens or blocks"
         assert not any(sequence.blocks or sequence.computed for sequence in self.waiting), "who waits holds something"

@@ -56,6 +56,10 @@ class BlockPool:
         """Return how many blocks hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def references(self, block: int) -> int:
+        """Return how often `block` is held."""
+        return self._references[block]
+
     def cached(self, digests: Iterable[bytes]) -> list[int]:
         """Return the blocks that hold the longest run of `digests` from the first on."""
         blocks = []

@@ -1,7 +1,8 @@
 """What a worker's core is built from: plain values, taken from its settings and its engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mell_gpu_worker.core.migration.limits import MoveLimits
 from mell_shared.messages.scheduler import WorkerSpec
 
 
@@ -18,3 +19,4 @@ class WorkerConfig:
     status_interval_us: int
     frontend_silence_us: int
     stop_deadline_us: int
+    moves: MoveLimits = field(default_factory=MoveLimits)

@@ -28,7 +28,6 @@ class Desk:
         self._streams = residents.streams
         self._rules = AdmissionRules(config.spec, config.vocab_size)
         self._limits = Limits(config.spec.max_total_tokens, frozenset(config.eos_token_ids))
-        self._arrivals = 0
 
     def submit(self, submit: Submit, grammar_fault: str | None, now_us: int) -> Answer:
         """Run a sequence, or say why not; an older generation of it is given up either way."""
@@ -56,8 +55,7 @@ class Desk:
         return self._rules.refusal(submit, grammar_fault)
 
     def _admit(self, submit: Submit, now_us: int) -> Answer:
-        sequence = accept(submit, self._arrivals, self._limits)
-        self._arrivals += 1
+        sequence = accept(submit, self._residents.next_arrival(), self._limits)
         end = sequence.end_reason() if sequence.outputs else None
         if end is not None:
             reply = self._residents.admit_ended(sequence, now_us)

@@ -4,6 +4,7 @@ from enum import Enum
 
 from mell_gpu_worker.core.commands import Command, Exit, PublishEvent
 from mell_gpu_worker.core.evictions import Evictions
+from mell_gpu_worker.core.migration.moves import Moves
 from mell_gpu_worker.core.residents import Residents
 from mell_gpu_worker.core.watch import FrontendWatch
 from mell_shared.messages.scheduler import WorkerLeft
@@ -26,11 +27,12 @@ class Stage(Enum):
 class Farewell:
     """The stages after serving."""
 
-    def __init__(self, residents: Residents, watch: FrontendWatch) -> None:
+    def __init__(self, residents: Residents, watch: FrontendWatch, moves: Moves) -> None:
         self.stage = Stage.SERVING
         self.evictions = Evictions(residents.worker)
         self._residents = residents
         self._watch = watch
+        self._moves = moves
         self._failure = ""
         self._patience_us = 0
         """Until when to wait, for what runs, then (lingering) for acknowledgements."""
@@ -61,7 +63,7 @@ class Farewell:
         return said
 
     def _proceed_stopping(self, now_us: int) -> list[Command]:
-        if self._residents.live:
+        if self._residents.live or self._moves:
             return self._evict(now_us) if now_us >= self._patience_us else []
         said: list[Command] = []
         if not self._lingering:
@@ -75,4 +77,5 @@ class Farewell:
     def _evict(self, now_us: int) -> list[Command]:
         """Give back whatever has not finished."""
         self.stage = Stage.EVICTING
-        return self.evictions.give_back(self._residents, now_us)
+        said = self._moves.target.abandon(now_us)
+        return said + self.evictions.give_back(self._residents, now_us)

@@ -24,7 +24,8 @@ class Reporter:
     def report(self, batcher: Batcher, *, draining: bool) -> WorkerReport:
         """Return the next report."""
         number, self.number = self.number, self.number + 1
-        rows = [*batcher.running, *batcher.waiting]
+        # What is on its way here is its source's to report; its blocks count as used all the same.
+        rows = [row for row in (*batcher.running, *batcher.waiting) if not row.unclaimed]
         return WorkerReport(
             worker=self._worker,
             number=number,

@@ -17,11 +17,19 @@ class Residents:
         self.worker = worker
         self.batcher = batcher
         self.streams = streams
+        self.stepped_us = 0
+        """When the last step ended, and its tokens were made."""
+        self._arrivals = 0
 
     @property
     def live(self) -> list[Sequence]:
-        """Those that have not ended, the running ones first."""
-        return [*self.batcher.running, *self.batcher.waiting]
+        """Those that have not ended, the running ones first; who is unclaimed is somebody else's."""
+        return [row for row in (*self.batcher.running, *self.batcher.waiting) if not row.unclaimed]
+
+    def next_arrival(self) -> int:
+        """Number what asks for room here."""
+        self._arrivals += 1
+        return self._arrivals
 
     def admit(self, sequence: Sequence, now_us: int) -> SubmitAccepted | None:
         """Run and know `sequence` if it fits now; else change nothing and return None."""
@@ -53,8 +61,29 @@ class Residents:
         said: list[Command] = []
         if sequence.live:
             self.batcher.end(sequence)
-            said.append(self.finish(sequence, "cancelled"))
+            told = self.finish(sequence, "cancelled")
+            # One that was about to move may have done so: then it has not ended.
+            said = [] if sequence.halted else [told]
         self.streams.forget(sequence, now_us)
+        return said
+
+    def leave(self, sequence: Sequence, now_us: int) -> None:
+        """Keep nothing but the key of a sequence that goes on elsewhere."""
+        if sequence.live:
+            self.batcher.end(sequence)
+            sequence.finish_reason = "cancelled"
+        self.streams.forget(sequence, now_us)
+
+    def join(self, sequence: Sequence, now_us: int) -> list[Command]:
+        """Know a sequence that came from elsewhere and is this worker's now; publishes what the frontend lacks."""
+        assert not sequence.unclaimed
+        said: list[Command] = []
+        self.streams.add(sequence, SubmitAccepted(cached_tokens=sequence.cached_tokens), now_us)
+        if not sequence.live:
+            assert sequence.finish_reason is not None
+            said.append(self.finish(sequence, sequence.finish_reason))
+        if not sequence.live or sequence.outputs > sequence.submitted_outputs:
+            said += self.send_again(sequence, sequence.submitted_outputs)
         return said
 
     def send_again(self, sequence: Sequence, first_index: int) -> list[Command]:

@@ -8,7 +8,7 @@ from mell_gpu_worker.core.blocks import chain_digest
 from mell_gpu_worker.core.step import SampledToken
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason, SamplingParams
-from mell_shared.messages.worker import Submit
+from mell_shared.messages.worker import ReserveKv, Submit
 
 
 class Phase(IntEnum):
@@ -20,6 +20,8 @@ class Phase(IntEnum):
     """Preempted: holds nothing, comes back before anything new."""
     ENDED = 2
     """Holds nothing; its output is kept until its frontend acknowledges the end."""
+    ARRIVING = 3
+    """Another worker's, about to move here: holds blocks, which are filled from there or by prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Sequence:
     """Prompt, then output."""
     prompt_tokens: int
     submitted_outputs: int
-    """Output tokens that the frontend had already when it submitted."""
+    """Output tokens that the frontend had already when the sequence came here."""
     max_outputs: int
     stop_ids: frozenset[int]
     blocks: list[int] = field(default_factory=list)
@@ -55,9 +57,15 @@ class Sequence:
     started: bool = False
     in_step: bool = False
     """Part of the step that the engine is computing now, which may be writing to its blocks."""
+    halted: bool = False
+    """Stands still, so that it can be moved elsewhere."""
+    unclaimed: bool = False
+    """Came from elsewhere, perhaps is computed already, but its frontend has not granted it to this worker yet."""
+    prefill_limit: int = 0
+    """While it is arriving: how many tokens' KV is to be computed here."""
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Of the outputs made here, if asked for."""
+    """Of the outputs from `submitted_outputs` on, if asked for."""
     _digests: list[bytes] = field(default_factory=list)
 
     @property
@@ -102,7 +110,6 @@ def accept(submit: Submit, arrival: int, limits: Limits) -> Sequence:
     """Return the sequence that `submit` asks for, the `arrival`-th one here; it holds nothing yet."""
     sampling = submit.sampling
     room = limits.max_total_tokens - len(submit.prompt_ids)
-    eos = frozenset() if sampling.ignore_eos else limits.eos_token_ids
     return Sequence(
         sequence=submit.sequence,
         generation=submit.generation,
@@ -113,5 +120,27 @@ def accept(submit: Submit, arrival: int, limits: Limits) -> Sequence:
         prompt_tokens=len(submit.prompt_ids),
         submitted_outputs=len(submit.output_ids),
         max_outputs=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-        stop_ids=eos | frozenset(sampling.stop_token_ids),
+        stop_ids=_stop_ids(sampling, limits),
     )
+
+
+def arriving(asked: ReserveKv, arrival: int, limits: Limits) -> Sequence:
+    """Return the sequence that a migration brings here, in the generation that it leaves; it holds nothing yet."""
+    return Sequence(
+        sequence=asked.sequence,
+        generation=asked.generation,
+        frontend=asked.frontend,
+        sampling=asked.sampling,
+        order=(-asked.priority, arrival),
+        token_ids=[*asked.prompt_ids, *asked.output_ids],
+        prompt_tokens=len(asked.prompt_ids),
+        submitted_outputs=len(asked.output_ids),
+        max_outputs=asked.max_outputs,
+        stop_ids=_stop_ids(asked.sampling, limits),
+        unclaimed=True,
+    )
+
+
+def _stop_ids(sampling: SamplingParams, limits: Limits) -> frozenset[int]:
+    eos = frozenset() if sampling.ignore_eos else limits.eos_token_ids
+    return eos | frozenset(sampling.stop_token_ids)

@@ -12,6 +12,7 @@ from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.desk import Desk
 from mell_gpu_worker.core.draining import Draining
 from mell_gpu_worker.core.events import (
+    BlocksSent,
     CommandReceived,
     ConnectionLost,
     ConnectionRestored,
@@ -19,6 +20,15 @@ from mell_gpu_worker.core.events import (
     Event,
     EvictionAnswered,
     EvictionUnanswered,
+    FrontendAnswered,
+    FrontendUnanswered,
+    KvOffered,
+    LinkClosed,
+    LinkFailed,
+    LinkOpened,
+    PeerAnswered,
+    PeerUnanswered,
+    RoundArrived,
     StatusAnswered,
     StatusUnanswered,
     StepFinished,
@@ -26,6 +36,7 @@ from mell_gpu_worker.core.events import (
     TimePassed,
 )
 from mell_gpu_worker.core.farewell import Farewell, Stage
+from mell_gpu_worker.core.migration.moves import Moves
 from mell_gpu_worker.core.report import Reporter
 from mell_gpu_worker.core.residents import Residents
 from mell_gpu_worker.core.step import StepResult
@@ -36,11 +47,15 @@ from mell_gpu_worker.core.watch import FrontendWatch
 from mell_shared.messages.scheduler import WorkerJoined
 from mell_shared.messages.worker import (
     Cancel,
+    CommitMigration,
     Drain,
+    ExtendKv,
     Migrate,
     MigrateRefused,
+    ReleaseKv,
     Report,
     Resend,
+    ReserveKv,
     Submit,
     Undrain,
     WorkerReply,
@@ -48,7 +63,6 @@ from mell_shared.messages.worker import (
 
 JOIN_EVERY_REPORTS = 10
 """The join is published again with every so many reports, since any one may be lost."""
-_MOVES_NOTHING = MigrateRefused(reason="unsupported", message="this worker moves no sequences")
 
 
 class WorkerCore:
@@ -67,7 +81,8 @@ class WorkerCore:
         self._residents = Residents(spec.worker, self.batcher, self.streams)
         self._desk = Desk(config, self._residents)
         self._watch = FrontendWatch(self._residents)
-        self._farewell = Farewell(self._residents, self._watch)
+        self.moves = Moves(config, self._residents)
+        self._farewell = Farewell(self._residents, self._watch, self.moves)
         self._terms = Terms()
         self._drain = Draining(self._residents, self._farewell.evictions, self._terms)
         self._reporter = Reporter(spec.worker)
@@ -87,7 +102,13 @@ class WorkerCore:
     @property
     def wake_us(self) -> int:
         """When `TimePassed` is due at the latest."""
-        times = (self._report_us, self._status_us, self._farewell.wake_us, self._drain.wake_us)
+        times = (
+            self._report_us,
+            self._status_us,
+            self._farewell.wake_us,
+            self._drain.wake_us,
+            self.moves.wake_us,
+        )
         return min(time_us for time_us in times if time_us is not None)
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
@@ -98,13 +119,21 @@ class WorkerCore:
             return []
         commands = self._take(event)
         commands += self._on_time()
+        commands += self.moves.proceed(now_us)
         if self.stage is not Stage.SERVING:
             commands += self._farewell.proceed(now_us)
+            commands += self.moves.proceed(now_us)
         return commands + self._next_step()
 
     def _take(self, event: Event) -> list[Command]:
         said: list[Command] = []
         match event:
+            case PeerAnswered() | PeerUnanswered() | FrontendAnswered() | FrontendUnanswered():
+                said = self.moves.take(event, self._now_us)
+            case KvOffered() | RoundArrived() | LinkOpened() | BlocksSent() | LinkFailed() | LinkClosed():
+                said = self.moves.take_link(event, self._now_us)
+            case ConnectionLost() | ConnectionRestored() | StopRequested() | EngineFailed():
+                said = self._surroundings(event)
             case StepFinished(result):
                 said = self._take_step(result)
             case CommandReceived():
@@ -118,6 +147,13 @@ class WorkerCore:
             case EvictionUnanswered(sequence, generation):
                 again = self._farewell.evictions.unanswered(sequence, generation)
                 said = [again] if again else []
+            case TimePassed():
+                pass
+        return said
+
+    def _surroundings(self, event: ConnectionLost | ConnectionRestored | StopRequested | EngineFailed) -> list[Command]:
+        said: list[Command] = []
+        match event:
             case ConnectionLost():
                 self._watch.disconnect()
             case ConnectionRestored():
@@ -125,15 +161,13 @@ class WorkerCore:
             case StopRequested():
                 said = self._stop()
             case EngineFailed(message):
-                self._desk.closed = True
+                self._close(closed=True)
                 said = self._farewell.fail(message, self._now_us)
-            case TimePassed():
-                pass
         return said
 
     def _obey(self, event: CommandReceived) -> list[Command]:
         command = event.command
-        reply: WorkerReply
+        reply: WorkerReply | None
         match command:
             case Submit():
                 reply, said = self._desk.submit(command, event.grammar_fault, self._now_us)
@@ -142,28 +176,52 @@ class WorkerCore:
             case Resend():
                 reply, said = self._desk.resend(command)
             case Migrate():
-                reply, said = _MOVES_NOTHING, []
+                reply, said = self._migrate(command)
+            case ReserveKv() | ExtendKv() | CommitMigration() | ReleaseKv():
+                reply, said = self.moves.asked(command, event.reply_to, event.grammar_fault, self._now_us)
             case Drain() | Undrain():
                 reply = self._drain.obey(command, self._now_us, stopping=self.stage is not Stage.SERVING)
-                self._desk.closed, said = self.draining, self._report(join=False)
+                self._close(closed=self.draining)
+                said = self._report(join=False)
             case Report():
                 return self._announce()
         # The reply first: a submission is accepted before its tokens come.
-        return [Reply(event.reply_to, reply), *said] if event.reply_to else said
+        return [Reply(event.reply_to, reply), *said] if event.reply_to and reply else said
+
+    def _migrate(self, order: Migrate) -> tuple[WorkerReply, list[Command]]:
+        if not self._terms.admits(order.term):
+            text = self._terms.refusal(order.term)
+            return MigrateRefused(reason="term", message=text, term=self._terms.highest), []
+        if self.stage not in (Stage.SERVING, Stage.STOPPING):
+            return MigrateRefused(reason="stopping", message="this worker ends", term=self._terms.highest), []
+        reply, said = self.moves.order(order, self._now_us)
+        if isinstance(reply, MigrateRefused):
+            reply = reply.model_copy(update={"term": self._terms.highest})
+        return reply, said
+
+    def _close(self, *, closed: bool) -> None:
+        """Take nothing new, or again."""
+        self._desk.closed = self.moves.target.closed = closed
 
     def _next_step(self) -> list[Command]:
         if self.stage not in (Stage.SERVING, Stage.STOPPING) or self.batcher.computing:
             return []
         rows = self.batcher.plan()
-        return [RunStep(tuple(rows))] if rows else []
+        # Who had to give way for it is noticed at once, so that blocks still lent come free.
+        said = self.moves.proceed(self._now_us)
+        return [*said, RunStep(tuple(rows))] if rows else said
 
     def _take_step(self, result: StepResult) -> list[Command]:
         progress = self.batcher.commit(result)
+        self._residents.stepped_us = self._now_us
         if self.batcher.decodes_only:
             self._reporter.decode_took(result.step_us)
         said: list[Command] = []
         tables: dict[str, TokensTable] = {}
         for sequence, sampled, end in progress:
+            if sequence.unclaimed:
+                sequence.finish_reason = end
+                continue
             if end is not None:
                 said.append(self._residents.finish(sequence, end))
             elif not sampled:
@@ -196,13 +254,14 @@ class WorkerCore:
     def _stop(self) -> list[Command]:
         if self.stage is not Stage.SERVING:
             return []
-        self._desk.closed = True
+        self._close(closed=True)
         self._farewell.begin(self._now_us + self.config.stop_deadline_us)
         return self._report(join=False)
 
     def check(self) -> None:
         """Assert that all parts agree with each other."""
         self._residents.check()
+        self.moves.check()
 
 
 def _next(due_us: int, now_us: int, interval_us: int) -> int:

@@ -9,7 +9,7 @@ import math
 import time
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
@@ -27,6 +27,7 @@ ALPHABET = b"abcdefghijklmnopqrstuvwxyz" + b"aeiounrst" + b" " * 12 + b"ABCDEFGH
 """What text is made of; 64 letters, so that six bits pick one."""
 _LETTERS = tuple(sorted(set(ALPHABET)))
 
+_WORD_BYTES = 8
 _MASK = 2**64 - 1
 _CHAIN = 0x9E3779B97F4A7C15
 _DRAW = 0xD1342543DE82EF95
@@ -49,19 +50,21 @@ class FakeEngine:
             raise EngineError(f"the fake engine runs on the CPU, not on {options.device!r}; set --device cpu")
         self._options = options
         kv_blocks = options.kv_blocks or DEFAULT_KV_BLOCKS
-        self._pool = array("Q", bytes(8 * kv_blocks * options.block_tokens))
+        self._words = options.fake_kv_bytes_per_token // _WORD_BYTES
+        self._pool = array("Q", bytes(_WORD_BYTES * self._words * kv_blocks * options.block_tokens))
         self._grammars: ByteGrammars | None = None
         self._spec = EngineSpec(
             name="fake",
             device="cpu",
-            kv_layout=f"fake-1-{options.block_tokens}",
+            kv_layout=f"fake-1-{options.block_tokens}-{self._words}",
             max_model_len=options.max_model_len or DEFAULT_MODEL_LEN,
             vocab_size=FAKE_VOCAB_SIZE,
             eos_token_ids=(FAKE_EOS_ID,),
             kv_blocks=kv_blocks,
             block_tokens=options.block_tokens,
-            block_bytes=8 * options.block_tokens,
+            block_bytes=_WORD_BYTES * self._words * options.block_tokens,
             instant=not (options.fake_step_us or options.fake_sequence_us or options.fake_prefill_token_us),
+            migration_modes=("kv", "tokens", "hybrid"),
         )
 
     @property
@@ -71,7 +74,7 @@ class FakeEngine:
 
     @property
     def pool(self) -> "array[int]":
-        """The digests, `block_tokens` for each block."""
+        """The digests, `block_tokens` for each block, each in the first word of its token's."""
         return self._pool
 
     def execute(self, rows: Sequence[StepRow]) -> StepResult:
@@ -99,6 +102,15 @@ class FakeEngine:
     def check_grammar(self, text: str) -> str | None:
         """Return why the grammar cannot be used, or None."""
         return self._byte_grammars().fault(text)
+
+    def kv_block(self, index: int) -> memoryview:
+        """Return the memory of one block."""
+        size = self._spec.block_bytes
+        return memoryview(self._pool).cast("B")[index * size : (index + 1) * size]
+
+    def scratch(self, size_bytes: int) -> Any:
+        """Return new memory to measure with."""
+        return memoryview(bytearray(size_bytes))
 
     def close(self) -> None:
         """Free the pool; safe to repeat."""
@@ -128,14 +140,14 @@ class FakeEngine:
 
     def _write(self, row: StepRow) -> int:
         """Write the digests of a row's tokens; returns the last one."""
-        pool, size, table = self._pool, self._spec.block_tokens, row.block_table
+        pool, size, table, words = self._pool, self._spec.block_tokens, row.block_table, self._words
         position = row.start
         before = position - 1
-        digest = pool[table[before // size] * size + before % size] if position else _EMPTY
+        digest = pool[(table[before // size] * size + before % size) * words] if position else _EMPTY
         for token in row.token_ids[position : position + row.count]:
             digest = ((digest + token + 1) * _CHAIN) & _MASK
             digest ^= digest >> 32
-            pool[table[position // size] * size + position % size] = digest
+            pool[(table[position // size] * size + position % size) * words] = digest
             position += 1
         return digest
 
@@ -144,10 +156,10 @@ class FakeEngine:
         stretches = last // _PROBE_TOKENS
         if not stretches:
             return 0
-        pool, size = self._pool, self._spec.block_tokens
+        pool, size, words = self._pool, self._spec.block_tokens, self._words
         first, second = _probed(index, stretches)
-        older = pool[table[first // size] * size + first % size]
-        return older + 3 * pool[table[second // size] * size + second % size]
+        older = pool[(table[first // size] * size + first % size) * words]
+        return older + 3 * pool[(table[second // size] * size + second % size) * words]
 
 
 def expected_output(prompt_ids: Sequence[int], sampling: SamplingParams, count: int) -> list[int]:

@@ -1,5 +1,7 @@
 """The paged KV pool: one allocation in which all layers of a block lie together, the unit of transfer."""
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +41,7 @@ class KvPool:
         self.blocks = blocks
         self.shape = shape
         size = (blocks + 1, shape.layers, 2, shape.block_tokens, shape.kv_heads, shape.head_dim)
-        self.data = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.data = _zeros(math.prod(size), shape.dtype, device).view(size)
         self.pages = self.data.view(-1, shape.page_elements)
         self.tokens = self.data.view(-1, shape.kv_heads * shape.head_dim)
 
@@ -65,3 +67,14 @@ class KvPool:
         """Set whole blocks to zero."""
         if blocks:
             self.data[torch.tensor(blocks, device=self.data.device)] = 0
+
+
+def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros; on CPU memory that is taken from the machine only as it is written to.
+
+    `torch.zeros` would write to all of it at once: seconds at each start, and gigabytes held by an idle worker.
+    """
+    if device.type != "cpu":
+        return torch.zeros(elements, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype)

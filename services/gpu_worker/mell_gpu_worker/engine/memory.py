@@ -29,6 +29,15 @@ def _container_bytes(cgroup: Path) -> int:
     return 1 << 62 if limit == "max" else max(0, int(limit) - used)
 
 
+def forbid_expandable_segments() -> None:
+    """Have CUDA memory allocated from here on in whole segments, whatever the environment says.
+
+    Memory of expandable segments cannot be shared between processes as CUDA IPC does: transfers of it would fall
+    back to a slow path without a word (ai-dynamo/nixl#1754).
+    """
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+
+
 def count_blocks(options: EngineOptions, shape: KvShape, device: torch.device, max_model_len: int) -> int:
     """Return the number of KV blocks to allocate, the weights being loaded; raises `EngineError` if it is too few."""
     free = free_bytes(device)

@@ -31,3 +31,4 @@ class EngineOptions:
     fake_step_us: int = 0
     fake_sequence_us: int = 0
     fake_prefill_token_us: int = 0
+    fake_kv_bytes_per_token: int = 8

@@ -18,7 +18,7 @@ from mell_gpu_worker.engine.attention import AttentionBackend, KindRecorder
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
 from mell_gpu_worker.engine.grammar import GrammarMasks
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
-from mell_gpu_worker.engine.memory import count_blocks
+from mell_gpu_worker.engine.memory import count_blocks, forbid_expandable_segments
 from mell_gpu_worker.engine.native.build import NativeUnavailableError
 from mell_gpu_worker.engine.native.load import native_runner
 from mell_gpu_worker.engine.options import EngineOptions
@@ -55,7 +55,7 @@ class TorchEngine:
 
     @property
     def pool(self) -> KvPool:
-        """The KV pool, whose blocks migration reads and writes between steps."""
+        """The KV pool."""
         return self._open().pool
 
     @torch.inference_mode()
@@ -67,6 +67,9 @@ class TorchEngine:
         try:
             logits = self._open().runner.run(rows, [ends[index] for index in sampling])
             tokens, failed = self._sampler.sample(logits, [rows[i] for i in sampling]) if sampling else ([], {})
+            if not sampling and self._open().pool.data.is_cuda:
+                # Sampling waits for the device; without it the KV might not be there when the step is said to be.
+                torch.cuda.current_stream(self._open().pool.data.device).synchronize()
         except torch.OutOfMemoryError as error:
             raise EngineError(f"no memory left on {self._spec.device} during a step; lower --memory-share") from error
         sampled: list[SampledToken | None] = [None] * len(rows)
@@ -78,6 +81,16 @@ class TorchEngine:
     def check_grammar(self, text: str) -> str | None:
         """Return why the grammar cannot be used, or None."""
         return self._sampler.check_grammar(text)
+
+    def kv_block(self, index: int) -> Any:
+        """Return the memory of one block: a NumPy array on the CPU, on CUDA a tensor, which tells its address."""
+        block = self.pool.block(index)
+        return block if block.is_cuda else block.numpy()
+
+    def scratch(self, size_bytes: int) -> Any:
+        """Return new memory where the pool is."""
+        scratch = torch.zeros(size_bytes, dtype=torch.uint8, device=self.pool.data.device)
+        return scratch if scratch.is_cuda else scratch.numpy()
 
     def close(self) -> None:
         """Free the pool and the weights; safe to repeat."""
@@ -104,6 +117,8 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
     model = load_model(folder, config, device, dtype)
     with torch.inference_mode():
         make_runner = checked_runner(model, shape, device, options)
+    if device.type == "cuda":
+        forbid_expandable_segments()
     pool = KvPool(count_blocks(options, shape, device, max_model_len), shape, device)
     eos = eos_token_ids(folder, config)
     spec = EngineSpec(
@@ -116,6 +131,7 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
         kv_blocks=pool.blocks,
         block_tokens=shape.block_tokens,
         block_bytes=shape.block_bytes,
+        migration_modes=("kv", "tokens", "hybrid"),
     )
     sampler = Sampler(spec.vocab_size, eos, GrammarMasks(folder, spec.vocab_size, eos, options.max_sequences))
     return TorchEngine(spec, make_runner(pool), pool, sampler)

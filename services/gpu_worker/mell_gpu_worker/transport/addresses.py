@@ -1,5 +1,7 @@
 """Addresses of data ports, as they travel in messages."""
 
+import asyncio
+import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,3 +32,18 @@ class Address:
         if not found.host or not found.port:
             raise RefusedError(f"{text!r} is no data address")
         return found
+
+
+async def address_towards(url: str, default_port: int) -> str:
+    """Return this machine's address on the way to a URL's host: where others that reach that host find this machine.
+
+    Raises `OSError` if the host is unknown or there is no way to it, `ValueError` if the URL is none. Nothing is sent.
+    """
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    found = await asyncio.get_running_loop().getaddrinfo(
+        parts.hostname or "localhost", parts.port or default_port, type=socket.SOCK_DGRAM
+    )
+    family, kind, protocol, _, where = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(where)
+        return str(probe.getsockname()[0])

@@ -82,8 +82,8 @@ class TransportOptions:
     """Interfaces UCX may use, as in `UCX_NET_DEVICES`; empty: UCX's choice."""
     ucx_tls: str = ""
     """Transports UCX may use, as in `UCX_TLS`; empty: UCX's choice."""
-    slow_bytes_per_s: float = 0.5e9
-    """A lane measured slower than this is warned of."""
+    ucx_rndv_scheme: str = ""
+    """How UCX moves large messages, as in `UCX_RNDV_SCHEME`; empty: its choice."""
 
 
 @dataclass(frozen=True, slots=True)

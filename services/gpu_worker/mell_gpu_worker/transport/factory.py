@@ -15,12 +15,17 @@ def ucx_installed() -> bool:
     return importlib.util.find_spec("ucxx") is not None
 
 
+def transport_kind(asked: str) -> str:
+    """Return the kind that is meant by `asked`: UCX for `auto` where it is installed, else TCP."""
+    return asked if asked != "auto" else ("ucx" if ucx_installed() else "tcp")
+
+
 async def open_transport(options: TransportOptions, tell: Tell) -> Transport:
     """Open the transport and listen.
 
     Raises `TransportUnavailableError` for an unknown kind, a missing package, or a port that cannot be had.
     """
-    kind = options.kind if options.kind != "auto" else ("ucx" if ucx_installed() else "tcp")
+    kind = transport_kind(options.kind)
     try:
         if kind == "tcp":
             return await TcpTransport.open(options, tell)

@@ -6,13 +6,14 @@ measures. Nobody else can make a worker measure anything.
 """
 
 import asyncio
+import secrets
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mell_gpu_worker.transport.base import Incoming, Tell, Transport, TransportOptions
+from mell_gpu_worker.transport.base import SECRET_BYTES, Incoming, Transport
 
 PROBE_BYTES = 8 * 2**20
 _LARGE_ROUNDS = 4
@@ -73,12 +74,16 @@ async def measure(
     return LaneMeasured(PROBE_BYTES / statistics.median(took_s[PROBE_BYTES]), statistics.median(took_s[_SMALL_BYTES]))
 
 
-def warn_if_slow(lane: LaneMeasured, address: str, options: TransportOptions, tell: Tell) -> bool:
-    """Tell of a lane slower than the settings expect; return whether it is."""
-    slow = lane.bytes_per_s < options.slow_bytes_per_s
-    if slow:
-        expected = options.slow_bytes_per_s
-        tell(
-            "transport_lane_slow", {"peer": address, "bytes_per_s": lane.bytes_per_s, "expected_bytes_per_s": expected}
-        )
-    return slow
+async def measure_itself(transport: Transport, timeout_s: float, allocate: Allocate = bytearray) -> LaneMeasured:
+    """Measure the lane from a transport to itself: both ends share one core here, so others may see up to twice that.
+
+    Raises as `connect` and `send` do: nobody else would reach this data port either.
+    """
+    secret = secrets.token_bytes(SECRET_BYTES)
+    probe = offer_probe(transport, secret, timeout_s, allocate)
+    serving = asyncio.ensure_future(serve_probe(probe, timeout_s))
+    try:
+        return await measure(transport, transport.address, secret, timeout_s, allocate)
+    finally:
+        # Its own end of a failure says no more than the measuring one's.
+        await asyncio.gather(serving, return_exceptions=True)

@@ -280,8 +280,10 @@ class UcxTransport:
 
 def _configuration(options: TransportOptions) -> dict[str, str]:
     """Return UCX's settings for this context; UCX_ variables of the environment win over ours."""
-    wanted = {"NET_DEVICES": options.ucx_net_devices, "TLS": options.ucx_tls}
-    if options.ucx_tls == "tcp":
+    wanted = {
+        "NET_DEVICES": options.ucx_net_devices,
+        "TLS": options.ucx_tls,
         # Without it, large messages over TCP take one more copy and half the speed.
-        wanted["RNDV_SCHEME"] = "put_zcopy"
+        "RNDV_SCHEME": options.ucx_rndv_scheme or ("put_zcopy" if options.ucx_tls == "tcp" else ""),
+    }
     return {name: value for name, value in wanted.items() if value and f"UCX_{name}" not in os.environ}

@@ -3,6 +3,7 @@
 from mell_scheduler.core.scheduler import SchedulerCore
 from mell_scheduler.core.values import (
     Announce,
+    Answer,
     AskReport,
     Command,
     ConnectionRestored,
@@ -11,6 +12,8 @@ from mell_scheduler.core.values import (
     LeadershipEnded,
     LeadershipTaken,
     MigrationSettled,
+    OperatorAsked,
+    OrderDrain,
     PlaceRequested,
     Reply,
     StartMigration,
@@ -20,6 +23,7 @@ from mell_scheduler.core.values import (
 
 __all__ = [
     "Announce",
+    "Answer",
     "AskReport",
     "Command",
     "ConnectionRestored",
@@ -28,6 +32,8 @@ __all__ = [
     "LeadershipEnded",
     "LeadershipTaken",
     "MigrationSettled",
+    "OperatorAsked",
+    "OrderDrain",
     "PlaceRequested",
     "Reply",
     "SchedulerCore",

@@ -3,7 +3,7 @@
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.records import SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings
-from mell_scheduler.policy.base import Item, Policy
+from mell_scheduler.policy.base import Policy
 from mell_shared.messages.scheduler import WorkerReport
 
 
@@ -24,17 +24,22 @@ class Intake:
         if worker.silent:
             worker.silent = False
             self._policy.resume_gpu(worker.worker_id)
-        held_blocks, worker.stale = self._take_rows(worker, report, now_us)
-        self._forget_missing(worker, now_us)
+        held_blocks, taken, worker.stale = self._take_rows(worker, report, now_us)
+        if taken < len(worker.sequences):
+            self._forget_missing(worker, now_us)
         self._share_out(worker, held_blocks)
         self._ledger.set_draining(worker, draining=report.draining)
         self._ledger.refresh_closed(worker)
 
     def _take_rows(
         self, worker: WorkerRecord, report: WorkerReport, now_us: int
-    ) -> tuple[int, dict[str, tuple[int, int]]]:
-        """Update, adopt or set aside each row; returns the blocks of this worker's records, and the stale copies."""
+    ) -> tuple[int, int, dict[str, tuple[int, int]]]:
+        """Update, adopt or set aside each row: all that the scheduler does a hundred thousand times a second.
+
+        Returns the blocks of this worker's records, how many told of themselves, and the stale copies.
+        """
         model, limit = self._ledger.model_of(worker), self._settings.growth_limit_tokens
+        number, here = report.number, worker.sequences
         stale: dict[str, tuple[int, int]] = {}
         names: list[str] = []
         sizes: list[int] = []
@@ -42,12 +47,19 @@ class Intake:
         for sequence, generation, tokens, blocks in zip(
             report.sequences, report.generations, report.tokens, report.blocks, strict=True
         ):
-            record = self._holder(worker, sequence, generation, now_us)
-            if record is None:
-                stale[sequence] = (generation, blocks)
-                continue
-            gain = record.observe(report.number, tokens, blocks, limit)
-            names.append(sequence)
+            record = here.get(sequence)
+            if (
+                record is None
+                or record.generation != generation
+                or record.pending_until_us is not None
+                or record.number == number
+            ):
+                record = self._holder(worker, sequence, generation, now_us)
+                if record is None:
+                    stale[sequence] = (generation, blocks)
+                    continue
+            gain = record.observe(number, tokens, blocks, limit)
+            names.append(record.sequence)  # not the report's: the policy finds an id by identity, without comparing
             sizes.append(record.size_blocks)
             held_blocks += blocks
             if gain > 0:
@@ -56,7 +68,7 @@ class Intake:
         assert not strangers, "the policy and the ledger disagree on what is where"
         if gainers:
             model.learn_growth(gained // gainers, limit)
-        return held_blocks, stale
+        return held_blocks, len(names), stale
 
     def _holder(self, worker: WorkerRecord, sequence: str, generation: int, now_us: int) -> SequenceRecord | None:
         """The record a row is about; None if a newer generation is known elsewhere: the row is a stale copy."""
@@ -71,13 +83,16 @@ class Intake:
             if record.pending_until_us is not None:
                 del self._ledger.pending[sequence]
             return record
-        return None if record is not None else self._adopt(worker, sequence, generation)
+        return None if record is not None else self._ledger.adopt(worker, sequence, generation)
 
     def _found_elsewhere(self, record: SequenceRecord, worker: WorkerRecord, generation: int, now_us: int) -> None:
         """A worker reports a newer generation: the move there is done, or somebody submitted it again."""
         migration = record.migration
         if migration is None or migration.target != worker.worker_id:
             self._ledger.supersede(record)
+            self._ledger.adopt(worker, record.sequence, generation)
+            # Most likely a move that was given up here, and came to its end all the same.
+            self._policy.rest(record.sequence)
             return
         source, old = record.worker, (record.generation, record.blocks)
         shared_blocks = source.shared_blocks
@@ -85,18 +100,12 @@ class Intake:
         source.stale[record.sequence] = old  # it may not know yet; its next report tells
         self._ledger.raise_other(source, old[1] - (shared_blocks - source.shared_blocks))
 
-    def _adopt(self, worker: WorkerRecord, sequence: str, generation: int) -> SequenceRecord:
-        record = SequenceRecord(sequence, generation, worker, self._ledger.model_of(worker).growth_tokens)
-        self._ledger.sequences[sequence] = worker.sequences[sequence] = record
-        self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
-        return record
-
     def _forget_missing(self, worker: WorkerRecord, now_us: int) -> None:
         """What the last report told of and this one does not has ended or gone, or moved; the news got lost."""
         gone = [r for r in worker.sequences.values() if r.number != worker.number and r.pending_until_us is None]
         for record in gone:
             if record.migration is None:
-                self._ledger.forget(record)
+                self._ledger.forget(record, "its worker reports it no more: ended, or given back")
             else:
                 self._ledger.land(record, record.generation, now_us)
 

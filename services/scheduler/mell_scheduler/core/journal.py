@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from mell_scheduler.core.scheduler import SchedulerCore
 from mell_scheduler.core.values import (
@@ -13,6 +15,8 @@ from mell_scheduler.core.values import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    OperatorAsked,
+    OperatorRequest,
     PlaceRequested,
     Tick,
 )
@@ -21,13 +25,14 @@ from mell_scheduler.policy.base import BalanceSettings, PriorityWeights, RepackS
 from mell_shared.messages.base import Message, unpack_uint32
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT
 
-_VERSION = 2
+_VERSION = 3
 _PLAIN: dict[str, type[LeadershipTaken | LeadershipEnded | ConnectionRestored | Tick]] = {
     "leadership_taken": LeadershipTaken,
     "leadership_ended": LeadershipEnded,
     "connection_restored": ConnectionRestored,
     "tick": Tick,
 }
+_OPERATOR_REQUEST: TypeAdapter[OperatorRequest] = TypeAdapter(Annotated[OperatorRequest, Field(discriminator="kind")])
 _NAMES = {kind: name for name, kind in _PLAIN.items()}
 
 
@@ -51,6 +56,8 @@ def _fields(event: Event) -> dict[str, Any]:
         return {"event": "message", "message": event.model_dump()}
     if isinstance(event, PlaceRequested):
         return {"event": "place_requested", "handle": event.handle, "message": event.request.model_dump()}
+    if isinstance(event, OperatorAsked):
+        return {"event": "operator_asked", "handle": event.handle, "message": event.request.model_dump()}
     return {"event": _NAMES[type(event)], **asdict(event)}
 
 
@@ -62,6 +69,8 @@ def read_event(line: str) -> tuple[int, Event]:
         return now_us, SCHEDULER_EVENT.validate_python(fields["message"])
     if name == "place_requested":
         return now_us, PlaceRequested(fields["handle"], PLACE_REQUEST.validate_python(fields["message"]))
+    if name == "operator_asked":
+        return now_us, OperatorAsked(fields["handle"], _OPERATOR_REQUEST.validate_python(fields["message"]))
     return now_us, _PLAIN[name](**fields)
 
 

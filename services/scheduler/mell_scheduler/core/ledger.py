@@ -6,14 +6,15 @@ predicted for the end of the next epoch; while it moves, at both ends. Whatever 
 """
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
+from mell_scheduler.core.history import Chronicle, History, Page, What
 from mell_scheduler.core.records import Migration, ModelRecord, SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings, MigrationSettled, Outcome
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
-from mell_shared.messages.scheduler import PlaceRequest, SequenceFinished, WorkerSpec
+from mell_shared.messages.scheduler import MigrationCommitted, PlaceRequest, SequenceFinished, WorkerSpec
 
-Standing = Literal["active", "draining", "standby", "silent"]
+Standing = Literal["active", "draining", "drained", "standby", "silent"]
 
 
 class Ledger:
@@ -32,6 +33,9 @@ class Ledger:
         """Sequences with a move under way, in the order of beginning."""
         self.settled: list[MigrationSettled] = []
         """How moves came out since somebody looked last."""
+        self.history = History(settings.remembered_sequences)
+        self.now_us = 0
+        """The time of the event that is being taken."""
 
     # --- workers
 
@@ -49,10 +53,15 @@ class Ledger:
         model.recount()
         return worker
 
-    def remove(self, worker: WorkerRecord, now_us: int) -> None:
-        """Forget a worker and all it held."""
+    def remove(self, worker: WorkerRecord, now_us: int, *, left: bool = False) -> None:
+        """Forget a worker and all it held.
+
+        One that `left` in order had let go of everything: what was moving away is at its target, if anywhere.
+        """
+        for record in [r for r in worker.sequences.values() if left and r.migration is not None]:
+            self.land(record, record.generation, now_us)
         for record in list(worker.sequences.values()):
-            self.forget(record)
+            self.forget(record, "its worker is gone")
         for record in [r for r in self.moving.values() if r.migration and r.migration.target == worker.worker_id]:
             self._unmove(record, "ended", "the target is gone")  # the policy sees by itself that it failed
         self._policy.remove_gpu(worker.worker_id)
@@ -87,7 +96,7 @@ class Ledger:
         if worker.silent:
             return "silent"
         if worker.draining:
-            return "draining"
+            return "draining" if worker.load else "drained"
         return "standby" if self._policy.state(worker.worker_id) is GpuState.STANDBY else "active"
 
     def set_draining(self, worker: WorkerRecord, *, draining: bool) -> None:
@@ -104,10 +113,18 @@ class Ledger:
         """The policy has begun a move, and it is carried out."""
         record.migration = migration
         self.moving[record.sequence] = record
+        self._note(record, "moving", migration.transfer.move.reason.name.lower(), migration=migration.migration)
 
-    def land(self, record: SequenceRecord, generation: int, now_us: int) -> None:
-        """Its move is done: it is at the target, pending there until that reports it, and its source is free."""
-        migration = self._unmove(record, "committed", "")
+    def land(
+        self, record: SequenceRecord, generation: int, now_us: int, told: MigrationCommitted | None = None
+    ) -> None:
+        """Its move is done: it is at the target, pending there until that reports it, and its source is free.
+
+        `told` is the news of it, if that is how it is known.
+        """
+        migration = self._unmove(
+            record, "committed", "" if told else "its source has let go of it, or its target reports it", told
+        )
         source, target = record.worker, self.workers[migration.target]
         # Blocks that it may have shared are still used: only the next report knows.
         kept = min(record.blocks, source.shared_blocks)
@@ -127,13 +144,23 @@ class Ledger:
         self._unmove(record, outcome, reason)
         self._policy.failed(record.sequence)
 
-    def _unmove(self, record: SequenceRecord, outcome: Outcome, reason: str) -> Migration:
+    def _unmove(
+        self, record: SequenceRecord, outcome: Outcome, reason: str, told: MigrationCommitted | None = None
+    ) -> Migration:
         migration, record.migration = record.migration, None
         assert migration is not None, "it moves"
         del self.moving[record.sequence]
-        ends = (migration.source, migration.target)
-        self.settled.append(MigrationSettled(migration.migration, record.sequence, *ends, outcome, reason))
+        settled = migration.settled(outcome, reason, self.now_us, told)
+        self.settled.append(settled)
+        what: What = "moved" if outcome == "committed" else "stayed"
+        chronicle = self._note(record, what, reason, migration=migration.migration, settled=settled)
+        if chronicle is not None and outcome == "committed":
+            chronicle.moves += 1
         return migration
+
+    def _note(self, record: SequenceRecord, what: What, why: str, **more: Any) -> Chronicle | None:
+        page = Page(self.now_us, what, record.worker.worker_id, record.generation, why, **more)
+        return self.history.write(record.sequence, page)
 
     # --- sequences
 
@@ -160,7 +187,29 @@ class Ledger:
         self.sequences[request.sequence] = worker.sequences[request.sequence] = record
         self.pending[request.sequence] = record
         self.refresh_closed(worker)
+        self._note_placed(record, request)
         return worker
+
+    def _note_placed(self, record: SequenceRecord, request: PlaceRequest) -> None:
+        why = self._policy.name
+        if request.excluded:
+            why += f", not on {', '.join(request.excluded)}"
+        free_blocks = self.free_blocks(record.worker) + record.size_blocks
+        waited_us = int(min(request.waited_s, 1e6) * 1_000_000)
+        size = {"blocks": record.size_blocks, "free_blocks": free_blocks, "waited_us": waited_us}
+        chronicle = self._note(record, "placed", why, **size)
+        if chronicle is not None:
+            chronicle.request_id, chronicle.model = request.request_id, request.model
+
+    def adopt(self, worker: WorkerRecord, sequence: str, generation: int) -> SequenceRecord:
+        """A worker has what nobody here placed there."""
+        record = SequenceRecord(sequence, generation, worker, self.model_of(worker).growth_tokens)
+        self.sequences[sequence] = worker.sequences[sequence] = record
+        self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
+        chronicle = self._note(record, "found", "its worker reports it")
+        if chronicle is not None:
+            chronicle.model = worker.spec.model
+        return record
 
     def predicted_tokens(self, request: PlaceRequest) -> int:
         """A request's length at the end of the next epoch: prompt, first token, and the model's usual growth."""
@@ -174,7 +223,7 @@ class Ledger:
         """A newer generation is elsewhere; what this worker is known to hold of it stays used until it reports."""
         worker = record.worker
         confirmed = record.pending_until_us is None
-        self.forget(record)
+        self.forget(record, "a newer generation of it is asked for or elsewhere")
         if confirmed:
             worker.stale[record.sequence] = (record.generation, record.blocks)
             self.raise_other(worker, record.blocks)
@@ -186,7 +235,7 @@ class Ledger:
         if record is not None and event.generation >= record.generation and _is_at(record, worker):
             holder = record.worker
             kept = min(record.blocks, holder.shared_blocks)
-            self.forget(record)
+            self.forget(record, f"ended: {event.reason}")
             holder.shared_blocks -= kept
             self.raise_other(holder, kept)
         elif worker.stale.get(event.sequence, (event.generation + 1, 0))[0] <= event.generation:
@@ -202,13 +251,15 @@ class Ledger:
                 break
             expired.append(record)
         for record in expired:
-            self.forget(record)
+            self.forget(record, "no report confirmed it")
         return [record.worker.spec.model for record in expired]
 
-    def forget(self, record: SequenceRecord) -> None:
+    def forget(self, record: SequenceRecord, why: str) -> None:
         """It holds nothing anywhere any more; a move of it is over."""
         if record.migration is not None:
             self._unmove(record, "ended", "the sequence is gone from its source")
+        page = Page(self.now_us, "gone", record.worker.worker_id, record.generation, why)
+        self.history.close(record.sequence, page)
         del self.sequences[record.sequence], record.worker.sequences[record.sequence]
         self.pending.pop(record.sequence, None)
         self._policy.depart(record.sequence)

@@ -2,13 +2,13 @@
 
 from math import lcm
 
-from mell_scheduler.core.boundaries import Boundaries, link_in, link_out
+from mell_scheduler.core.boundaries import Boundaries
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.records import Migration, SequenceRecord
 from mell_scheduler.core.values import Command, CoreSettings, StartMigration
 from mell_scheduler.policy.base import Move, Policy
-from mell_scheduler.policy.transfer import Candidate, Mode, Transfer, divide
-from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed
+from mell_scheduler.policy.transfer import Candidate, Mode, Transfer, directed, divide
+from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, MigrationFailed
 from mell_shared.messages.worker import Migrate, MigrationReason
 
 _ABOUT_THE_PAIR = ("unsupported", "unreachable", "link", "corrupt", "timeout")
@@ -20,6 +20,7 @@ _REASONS: dict[str, MigrationReason] = {
     "DRAIN": "drain",
     "ATTACHED": "attached",
     "CONSOLIDATE": "consolidate",
+    "MANUAL": "manual",
 }
 
 
@@ -35,13 +36,15 @@ class Migrations:
         """(source, target) -> failures in a row, and until when nothing is moved between them."""
         self._begun = 0
         self.term = 0
+        self.paused = False
+        """Nothing is planned; what an operator orders is moved all the same."""
 
     # --- an epoch
 
     def plan(self, now_us: int) -> list[Command]:
         """This epoch's moves, the most urgent first; what finds no room in the boundaries waits for another."""
         self._forget_rested(now_us)
-        if not any(worker.modes for worker in self._ledger.workers.values()):
+        if self.paused or not any(worker.modes for worker in self._ledger.workers.values()):
             return []
         candidates: list[Candidate] = []
         for move in self._policy.epoch(now_us):
@@ -64,9 +67,18 @@ class Migrations:
             move,
             tokens=max(1, record.tokens),
             bytes_per_token=record.worker.spec.kv_bytes_per_token or self._settings.kv_bytes_per_token,
-            links=(link_out(move.source), link_in(move.target)),
+            links=self._boundaries.links(move.source, move.target),
             modes=frozenset(mode for mode in Mode if mode.value in record.worker.modes),
         )
+
+    def order(self, record: SequenceRecord, target: str, mode: Mode | None, now_us: int) -> StartMigration | None:
+        """An operator's move, begun now whatever the boundaries say, and counted in them; None without room there."""
+        move = self._policy.order_move(record.sequence, target)
+        if move is None:
+            return None
+        candidate = self._candidate(move, record)
+        budgets = self._boundaries.budgets([candidate], record.worker.block_tokens, beside_moving=False)
+        return self._begin(directed(candidate, budgets, mode), now_us)
 
     def _begin(self, transfer: Transfer, now_us: int) -> StartMigration:
         move = transfer.move
@@ -74,7 +86,7 @@ class Migrations:
         self._begun += 1
         name = f"{self.term}-{self._begun}"
         deadline_us = now_us + self._settings.migration_timeout_us
-        self._ledger.begin(record, Migration(name, move.source, move.target, transfer, deadline_us))
+        self._ledger.begin(record, Migration(name, record.sequence, transfer, now_us, deadline_us))
         order = Migrate(
             migration=name,
             sequence=record.sequence,
@@ -102,7 +114,7 @@ class Migrations:
             return None
         self._resting.pop((migration.source, migration.target), None)
         self._boundaries.observe(event)
-        self._ledger.land(record, event.generation, now_us)
+        self._ledger.land(record, event.generation, now_us, event)
         return record.worker.spec.model
 
     def failed(self, event: MigrationFailed, now_us: int) -> str | None:
@@ -112,7 +124,7 @@ class Migrations:
             return None
         if event.reason in _ABOUT_THE_PAIR:
             self._rest(record.migration, now_us)
-        self._ledger.call_off(record, "failed", event.reason)
+        self._ledger.call_off(record, "failed", f"{event.reason}: {event.message}" if event.message else event.reason)
         return record.worker.spec.model
 
     def expire(self, now_us: int) -> list[str]:
@@ -128,6 +140,10 @@ class Migrations:
             self._rest(record.migration, now_us)
             self._ledger.call_off(record, "timeout", "nothing was heard of it")
         return [record.worker.spec.model for record in late]
+
+    def measured(self, event: LaneMeasured) -> None:
+        """Two workers have measured the lane between them."""
+        self._boundaries.measured(event)
 
     # --- pairs of workers that could not
 

@@ -1,9 +1,11 @@
 """What the core knows of each sequence, worker and model: plain state, kept in step by `Ledger` alone."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from mell_scheduler.core.values import MigrationSettled, Outcome
 from mell_scheduler.policy.transfer import Transfer
-from mell_shared.messages.scheduler import WorkerReport, WorkerSpec
+from mell_shared.messages.scheduler import MigrationCommitted, WorkerReport, WorkerSpec
 
 _STATE_RUNNING = 0
 
@@ -13,10 +15,42 @@ class Migration:
     """A move under way: both ends hold its memory until it is settled."""
 
     migration: str
-    source: str
-    target: str
+    sequence: str
     transfer: Transfer
+    begun_us: int
     deadline_us: int
+
+    @property
+    def source(self) -> str:
+        """Where the sequence is."""
+        return self.transfer.move.source
+
+    @property
+    def target(self) -> str:
+        """Where it goes."""
+        return self.transfer.move.target
+
+    def settled(self, outcome: Outcome, reason: str, now_us: int, told: MigrationCommitted | None) -> MigrationSettled:
+        """Describe how it came out; `told` is the news of a commit, if it came."""
+        transfer = self.transfer
+        return MigrationSettled(
+            self.migration,
+            self.sequence,
+            self.source,
+            self.target,
+            outcome,
+            reason,
+            mode=transfer.mode.value,
+            cause=transfer.move.reason.name.lower(),
+            blocks=transfer.move.size_blocks,
+            predicted_us=transfer.predicted_us,
+            took_us=now_us - self.begun_us,
+            stopped_us=told.stopped_us if told else 0,
+            copied_bytes=told.copied_bytes if told else 0,
+            copy_us=told.copy_us if told else 0,
+            prefilled_tokens=told.prefilled_tokens if told else 0,
+            prefill_us=told.prefill_us if told else 0,
+        )
 
 
 class SequenceRecord:
@@ -56,27 +90,31 @@ class SequenceRecord:
         self.number = -1
         """The report that told of it last; -1: none of this worker's."""
 
+    @property
+    def state(self) -> Literal["running", "placed", "moving"]:
+        """How far it is; `placed` is not confirmed by a report."""
+        if self.migration is not None:
+            return "moving"
+        return "running" if self.pending_until_us is None else "placed"
+
     def observe(self, report_number: int, tokens: int, blocks: int, growth_limit: int) -> int:
         """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
         gain = -1
         if self.number >= 0:
-            gain = max(0, tokens - self.tokens) // (report_number - self.number)
+            gain = (tokens - self.tokens) // (report_number - self.number) if tokens > self.tokens else 0
             # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
             decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
             self.growth_tokens = min(growth_limit, max(gain, decayed, 1))
         self.number, self.tokens, self.blocks = report_number, tokens, blocks
         self.pending_until_us = None
-        self.size_blocks = max(blocks, self._predicted_blocks())
-        return gain
-
-    def _predicted_blocks(self) -> int:
-        worker, predicted = self.worker, self.tokens + self.growth_tokens
+        worker, predicted = self.worker, tokens + self.growth_tokens
         cap = self.cap_tokens
         if cap is None or cap > worker.max_total_tokens:
             cap = worker.max_total_tokens
         if predicted > cap:
-            predicted = max(cap, self.tokens)
-        return -(-predicted // worker.block_tokens)
+            predicted = max(cap, tokens)
+        self.size_blocks = max(blocks, -(-predicted // worker.block_tokens))
+        return gain
 
 
 class WorkerRecord:

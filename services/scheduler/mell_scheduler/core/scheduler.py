@@ -7,6 +7,7 @@ from mell_scheduler.core.intake import Intake
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.liveness import Liveness
 from mell_scheduler.core.migrations import Migrations
+from mell_scheduler.core.operator import Operator
 from mell_scheduler.core.proof import check_ledger
 from mell_scheduler.core.records import WorkerRecord
 from mell_scheduler.core.scaling import Scaling
@@ -20,6 +21,7 @@ from mell_scheduler.core.values import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    OperatorAsked,
     PlaceRequested,
     Reply,
     Tick,
@@ -28,6 +30,7 @@ from mell_scheduler.core.waiting import Waiting, WaitingQueue
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     Placed,
@@ -39,6 +42,9 @@ from mell_shared.messages.scheduler import (
     WorkerLeft,
     WorkerReport,
 )
+
+_MOST_RETRY_S = 60
+"""What a client is told to wait at most: by then all may be different."""
 
 
 class SchedulerCore:
@@ -55,18 +61,25 @@ class SchedulerCore:
         self.scaling = Scaling(self.ledger, self.waiting, policy)
         self._intake = Intake(self.ledger, policy, settings)
         self._migrations = Migrations(self.ledger, policy, settings)
+        self._operator = Operator(self.ledger, self.waiting, policy, self._migrations, settings)
         self._liveness = Liveness(self.ledger, settings)
         self._completions = Completions()
         self._admission = Admission(self.ledger, settings, now_us)
         self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
-        self._now_us = now_us
-        self._epoch_us = now_us + 2 * settings.report_interval_us
+        self._heard_all_us = now_us + 2 * settings.report_interval_us
+        self._now_us = self.ledger.now_us = now_us
+        self._epoch_us = self._heard_all_us
         """When moves are planned next: never before everybody should have been heard."""
+
+    @property
+    def moves_paused(self) -> bool:
+        """Whether an operator wants no moves to be planned."""
+        return self._migrations.paused
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
         """Take one event; return what to do, in order."""
         assert now_us >= self._now_us, "time does not run backwards"
-        self._now_us = now_us
+        self._now_us = self.ledger.now_us = now_us
         commands: list[Command]
         match event:
             case WorkerReport():
@@ -81,10 +94,11 @@ class SchedulerCore:
                 commands = self._joined(event)
             case WorkerLeft():
                 commands = self._left(event)
-            case MigrationCommitted():
-                commands = self._serve_if(self._migrations.committed(event, now_us))
-            case MigrationFailed():
-                commands = self._serve_if(self._migrations.failed(event, now_us))
+            case MigrationCommitted() | MigrationFailed() | LaneMeasured():
+                commands = self._heard_of_moving(event)
+            case OperatorAsked():
+                heard_all = now_us >= self._heard_all_us
+                commands = self._operator.ask(event.handle, event.request, now_us, heard_all=heard_all)
             case LeadershipTaken():
                 self._migrations.term = event.term
                 commands = [AskReport(None)]
@@ -94,7 +108,18 @@ class SchedulerCore:
                 self._liveness.pardon(now_us)
                 commands = [AskReport(None)]
         settled, self.ledger.settled = self.ledger.settled, []
-        return [*settled, *commands]
+        return [*settled, *self._operator.settle(settled), *commands] if settled else commands
+
+    def _heard_of_moving(self, event: MigrationCommitted | MigrationFailed | LaneMeasured) -> list[Command]:
+        """A move has come out, or could be told better."""
+        match event:
+            case MigrationCommitted():
+                return self._serve_if(self._migrations.committed(event, self._now_us))
+            case MigrationFailed():
+                return self._serve_if(self._migrations.failed(event, self._now_us))
+            case LaneMeasured():
+                self._migrations.measured(event)
+                return []
 
     # --- workers
 
@@ -114,7 +139,7 @@ class SchedulerCore:
         self._liveness.bury(event.worker, None if worker is None else worker.number, self._now_us, left=True)
         if worker is None:
             return []
-        self.ledger.remove(worker, self._now_us)
+        self.ledger.remove(worker, self._now_us, left=True)
         return [Announce(event.worker, "left", event.reason), *self._serve(worker.spec.model)]
 
     def _reported(self, report: WorkerReport) -> list[Command]:
@@ -178,20 +203,32 @@ class SchedulerCore:
         if entry is not None and (entry.request.model, entry.request.priority) != (request.model, request.priority):
             self.waiting.remove(entry)
             entry = None
-        if entry is None:
-            self.waiting.add(request, handle, self._now_us)
-        else:
+        if entry is not None:
             self.waiting.renew(entry, request, handle, self._now_us)
+            return self._serve(request.model)
+        self.waiting.add(request, handle, self._now_us)
         commands = self._serve(request.model)
-        if len(self.waiting) > self.settings.queue_limit:
-            commands += self._reject(self.waiting.last())
-        return commands
-
-    def _reject(self, last: Waiting) -> list[Command]:
-        """The queue is full: the last in order goes; it may be an older one, if the newcomer is more urgent."""
         limit = self.settings.queue_limit
-        retry_after_s = self._completions.retry_after_s(limit, self._now_us)
-        full = Rejected(reason="queue_full", message=f"{limit} requests wait already", retry_after_s=retry_after_s)
+        if len(self.waiting) > limit:
+            retry_after_s = self._completions.retry_after_s(limit, self._now_us)
+            return commands + self._reject(self.waiting.last(), f"{limit} requests wait already", retry_after_s)
+        return commands + self._turn_away(request.model)
+
+    def _turn_away(self, model: str) -> list[Command]:
+        """Keep a line no longer than what can be served soon: else it would serve those who have long gone."""
+        wait_us, most_us = self.waiting.wait_us(model, self._now_us), self.settings.queue_wait_us
+        if not most_us or wait_us is None or wait_us <= most_us:
+            return []
+        wait_s = -(-wait_us // 1_000_000)
+        return self._reject(
+            self.waiting.of(model)[-1],
+            f"the wait for {model!r} would be about {wait_s} s, over the limit of {most_us // 1_000_000}",
+            float(min(_MOST_RETRY_S, wait_s)),
+        )
+
+    def _reject(self, last: Waiting, message: str, retry_after_s: float) -> list[Command]:
+        """Too many wait: the last in order goes; it may be an older one, if the newcomer is more urgent."""
+        full = Rejected(reason="queue_full", message=message, retry_after_s=retry_after_s)
         self.waiting.remove(last)
         told: list[Command] = [] if last.handle is None else [last.answer(full)]
         return told + self._serve(last.request.model)
@@ -216,7 +253,7 @@ class SchedulerCore:
             commands += self._serve(model)
         for entry in self.waiting.held_too_long(self._now_us):
             commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
-        return commands + self._epoch()
+        return [*commands, *self._operator.passed(self._now_us), *self._epoch()]
 
     def _epoch(self) -> list[Command]:
         """The moves of an epoch, when one is due, and how many workers there should be."""
@@ -229,7 +266,8 @@ class SchedulerCore:
 
     def _ended(self) -> list[Command]:
         """Whoever waits asks again at once, and so reaches the next leader."""
-        return [entry.answer(Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
+        waiting = [entry.answer(Queued(position=self.waiting.position(entry))) for entry in self.waiting.asking()]
+        return [*waiting, *self._operator.ended()]
 
     # --- proof
 

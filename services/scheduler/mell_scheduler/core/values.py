@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mell_shared.messages.admin import (
+    AdminReply,
+    DrainReply,
+    DrainRequest,
+    MigrateRequest,
+    MovingRequest,
+    UndrainRequest,
+)
+from mell_shared.messages.base import MigrationMode
 from mell_shared.messages.scheduler import (
+    LaneMeasured,
     MigrationCommitted,
     MigrationFailed,
     PlaceReply,
@@ -13,7 +23,7 @@ from mell_shared.messages.scheduler import (
     WorkerLeft,
     WorkerReport,
 )
-from mell_shared.messages.worker import Migrate
+from mell_shared.messages.worker import Drain, Migrate, Undrain
 
 Handle = str
 """Names one held request to the shell; in the live service the subject its reply goes to."""
@@ -36,6 +46,8 @@ class CoreSettings:
     worker_grace_us: int = 5_000_000
     """How long requests wait for a worker to appear before they are told that there is none."""
     queue_limit: int = 1_000
+    queue_wait_us: int = 0
+    """Nobody joins a line that would make them wait longer than this at its present pace; 0: no such limit."""
     queue_hold_us: int = 800_000
     queue_renew_us: int = 3_000_000
     """A waiting request that is not repeated for this long is dropped."""
@@ -61,6 +73,8 @@ class CoreSettings:
     link_bytes_per_s: int = 125_000_000
     prefill_tokens_per_s: int = 500
     """For workers that do not say: a grouped-query model of 8B, 1 Gbit/s, and little prefill."""
+    remembered_sequences: int = 2_000
+    """Sequences that are over and can still be explained; 0: nothing is remembered of any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,17 @@ class PlaceRequested:
     request: PlaceRequest
 
 
+OperatorRequest = DrainRequest | UndrainRequest | MigrateRequest | MovingRequest
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorAsked:
+    """An operator wants something done; exactly one `Answer` or `OrderDrain` has this handle."""
+
+    handle: Handle
+    request: OperatorRequest
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time went by."""
@@ -98,12 +123,14 @@ Event = (
     | LeadershipEnded
     | ConnectionRestored
     | PlaceRequested
+    | OperatorAsked
     | WorkerJoined
     | WorkerReport
     | WorkerLeft
     | SequenceFinished
     | MigrationCommitted
     | MigrationFailed
+    | LaneMeasured
     | Tick
 )
 
@@ -154,7 +181,10 @@ Outcome = Literal["committed", "failed", "timeout", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class MigrationSettled:
-    """Tell the operators how a move came out. `ended`: its sequence, or one of its workers, is gone."""
+    """Tell the operators how a move came out. `ended`: its sequence, or one of its workers, is gone.
+
+    `predicted_us` is what the boundaries said; what it really cost is 0 where the workers do not say.
+    """
 
     migration: str
     sequence: str
@@ -162,6 +192,18 @@ class MigrationSettled:
     target: str
     outcome: Outcome
     reason: str
+    mode: MigrationMode = "kv"
+    cause: str = ""
+    """Why it was begun."""
+    blocks: int = 0
+    predicted_us: int = 0
+    took_us: int = 0
+    """From the order to the news."""
+    stopped_us: int = 0
+    copied_bytes: int = 0
+    copy_us: int = 0
+    prefilled_tokens: int = 0
+    prefill_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,4 +214,22 @@ class WantGpus:
     gpus: int
 
 
-Command = Reply | AskReport | Announce | StartMigration | MigrationSettled | WantGpus
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer an operator."""
+
+    handle: Handle
+    reply: AdminReply
+
+
+@dataclass(frozen=True, slots=True)
+class OrderDrain:
+    """Send an order to a worker, and answer the operator: with `reply` if it obeys, else with why it does not."""
+
+    worker: str
+    order: Drain | Undrain
+    handle: Handle
+    reply: DrainReply
+
+
+Command = Answer | OrderDrain | Reply | AskReport | Announce | StartMigration | MigrationSettled | WantGpus

@@ -42,6 +42,8 @@ class Reason(IntEnum):
     ATTACHED = 2
     """Fig. 10's moves that come with an arrival, a departure or a change of class."""
     CONSOLIDATE = 3
+    MANUAL = 4
+    """An operator's: begun when it is asked for, never planned, so never waiting among others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,15 @@ class Policy(Protocol):
 
     def epoch(self, now_us: int) -> list[Move]:
         """Plan this epoch's moves, most urgent first; all are in flight on return."""
+
+    def order_move(self, item_id: ItemId, gpu_id: GpuId) -> Move | None:
+        """Begin a move that an operator wants; None if it moves already, or the target takes it not or has no room."""
+
+    def rehearse_drain(self, gpu_id: GpuId) -> list[tuple[ItemId, GpuId | None]]:
+        """Where draining would move each of a GPU's items now (None: nowhere yet); nothing is begun or changed."""
+
+    def rest(self, item_id: ItemId) -> None:
+        """The item was moved just now by others than `epoch`: it rests like any moved one."""
 
     def moved(self, item_id: ItemId) -> None:
         """The item's move was committed: its source is freed."""

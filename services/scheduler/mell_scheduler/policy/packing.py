@@ -15,7 +15,7 @@ from mell_scheduler.policy.base import (
     Reason,
 )
 from mell_scheduler.policy.cluster import Cluster
-from mell_scheduler.policy.gpus import GpuRecord
+from mell_scheduler.policy.gpus import GpuRecord, ItemState
 
 
 class Rule(Protocol):
@@ -115,6 +115,33 @@ class PackingPolicy:
         moves += self.rule.plan(now_us)
         return sorted(moves, key=lambda move: move.reason)
 
+    def order_move(self, item_id: ItemId, gpu_id: GpuId) -> Move | None:
+        """See `base.Policy`."""
+        item, target = self.cluster.items[item_id], self.cluster.gpus[gpu_id]
+        takes = not target.paused and target.state in (GpuState.ACTIVE, GpuState.STANDBY)
+        if item.source is not None or not takes or target.free < item.planned:
+            return None
+        return self.cluster.begin_move(item, target, Reason.MANUAL)
+
+    def rehearse_drain(self, gpu_id: GpuId) -> list[tuple[ItemId, GpuId | None]]:
+        """See `base.Policy`."""
+        gpu = self.cluster.gpus[gpu_id]
+        coming = [item for item in gpu.items.values() if item.source is not None]
+        leaving = {item.item_id: item.gpu.gpu_id for item in gpu.leaving.values()}
+        state, order = gpu.state, list(gpu.items)
+        self._set_state(gpu_id, GpuState.DRAINING)
+        begun = [] if gpu.spec.fixed else drain_moves(self.cluster, self.rule, gpu, coming)
+        targets = leaving | {move.item_id: move.target for move in begun}
+        for move in reversed(begun):
+            self.cluster.abort_move(self.cluster.items[move.item_id])
+        gpu.items = {item_id: gpu.items[item_id] for item_id in order}  # an aborted move puts its item last
+        self._set_state(gpu_id, state)
+        return [(item_id, targets.get(item_id)) for item_id in self.items_on(gpu_id)]
+
+    def rest(self, item_id: ItemId) -> None:
+        """See `base.Policy`."""
+        self.cluster.items[item_id].moved_epoch = self.cluster.epoch_number
+
     def moved(self, item_id: ItemId) -> None:
         """See `base.Policy`."""
         self.cluster.commit_move(self.cluster.items[item_id])
@@ -185,10 +212,18 @@ def plan_drains(cluster: Cluster, rule: Rule) -> list[Move]:
     for gpu in list(cluster.gpus.values()):
         if gpu.state is not GpuState.DRAINING:
             continue
-        for item in [i for i in gpu.items.values() if cluster.may_move(i)]:
-            target = rule.choose(item.as_item(), ())
-            if target is not None:
-                moves.append(cluster.begin_move(item, target, Reason.DRAIN))
+        moves += drain_moves(cluster, rule, gpu, [item for item in gpu.items.values() if not cluster.may_move(item)])
+    return moves
+
+
+def drain_moves(cluster: Cluster, rule: Rule, gpu: GpuRecord, but: Collection[ItemState]) -> list[Move]:
+    """Begin to move a draining GPU's items, but for some, to where the rule would place them."""
+    moves: list[Move] = []
+    stay = {item.item_id for item in but}
+    for item in [item for item in gpu.items.values() if item.item_id not in stay]:
+        target = rule.choose(item.as_item(), ())
+        if target is not None:
+            moves.append(cluster.begin_move(item, target, Reason.DRAIN))
     return moves
 
 

@@ -9,6 +9,7 @@ hurting its decodes. The division is a greedy two-bin packing over all moves at 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import isfinite
 
 from mell_scheduler.policy.base import GpuId, Move
 
@@ -61,7 +62,7 @@ class Transfer:
     recomputed_tokens: int
     copied_bytes: int
     predicted_us: int
-    """The later of both halves, each at its boundary's rate, alone."""
+    """The later of both halves, each at its boundary's rate, alone; 0 where there is no rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,21 @@ def divide(candidates: Sequence[Candidate], budgets: Budgets) -> Division:
             rooms.take(candidates[at], transfer)
             transfers.append(transfer)
     return Division(transfers, deferred)
+
+
+def directed(candidate: Candidate, budgets: Budgets, mode: Mode | None) -> Transfer:
+    """One move that is to be made whatever room there is: in this mode, else as `divide` would, else in the quickest.
+
+    A link or target without any budget has no rate: then the prediction is 0, unknown.
+    """
+    rooms = _Rooms(budgets)
+    if mode is not None:
+        return rooms.transfer_in(candidate, mode)
+    fitting = rooms.fit(candidate)
+    if fitting is not None:
+        return fitting
+    every = [rooms.transfer_in(candidate, each) for each in Mode if each in candidate.modes]
+    return min(every, key=lambda transfer: transfer.predicted_us or 1 << 62)
 
 
 def split_point(tokens: int, copy_us_per_token: float, prefill_us_per_token: float, block_tokens: int) -> int:
@@ -135,6 +151,18 @@ class _Rooms:
         even = split_point(candidate.tokens, self._copy_us(candidate), self._prefill_us(candidate), block)
         return self._transfer(candidate, Mode.HYBRID, min(max(even, least), most))
 
+    def transfer_in(self, candidate: Candidate, mode: Mode) -> Transfer:
+        """The transfer in a mode, at the boundaries' rates, whatever room there is."""
+        recomputed = 0 if mode is Mode.KV else candidate.tokens
+        if mode is Mode.HYBRID:
+            block = self._budgets.block_tokens
+            copy_us, prefill_us = self._copy_us(candidate), self._prefill_us(candidate)
+            known = isfinite(copy_us) and isfinite(prefill_us)
+            even = split_point(candidate.tokens, copy_us, prefill_us, block) if known else candidate.tokens // 2
+            # Something of each, as far as there are blocks for it.
+            recomputed = max(block, min(even, candidate.tokens - 1) // block * block)
+        return self._transfer(candidate, mode, min(recomputed, candidate.tokens))
+
     def _copyable(self, candidate: Candidate) -> int:
         """Tokens whose KV all links can still carry."""
         rooms = [self._links.get(link, 0) for link in candidate.links]
@@ -149,9 +177,9 @@ class _Rooms:
         copied = candidate.tokens - recomputed
         copy_us = copied * self._copy_us(candidate) if copied else 0.0
         prefill_us = recomputed * self._prefill_us(candidate) if recomputed else 0.0
-        return Transfer(
-            candidate.move, mode, recomputed, copied * candidate.bytes_per_token, round(max(copy_us, prefill_us))
-        )
+        longer_us = max(copy_us, prefill_us)
+        predicted_us = round(longer_us) if isfinite(longer_us) else 0
+        return Transfer(candidate.move, mode, recomputed, copied * candidate.bytes_per_token, predicted_us)
 
     def take(self, candidate: Candidate, transfer: Transfer) -> None:
         """Charge a transfer to every budget it uses."""
@@ -180,10 +208,12 @@ class RateEstimate:
     per_s: float
     weight: float = 0.2
     """Of each observation."""
+    least: int = 1
+    """Smaller amounts say nothing: what they took is latency."""
 
     def observe(self, amount: int, took_us: int) -> None:
-        """A transfer or prefill of `amount` took this long; too short ones say nothing."""
-        if took_us > 0 and amount > 0:
+        """A transfer or prefill of `amount` took this long."""
+        if took_us > 0 and amount >= self.least:
             self.per_s += self.weight * (amount * 1e6 / took_us - self.per_s)
 
     def budget(self, limit_us: int) -> int:
@@ -201,3 +231,7 @@ class PrefillProfile:
     def rate_at(self, batch: int) -> float:
         """The rate at the next greater batch that was measured; beyond the last one, none."""
         return next((rate for measured, rate in self.tokens_per_s if batch <= measured), 0.0)
+
+    def batch_at(self, batch: int) -> int:
+        """The next greater batch that was measured; 0 beyond the last one."""
+        return next((measured for measured, _ in self.tokens_per_s if batch <= measured), 0)

@@ -200,6 +200,7 @@ def core_settings(spec: GpuSpec, growth_blocks: int | None, epoch_us: int) -> Co
         epoch_us=epoch_us,
         missed_reports=_FOR_EVER_US // epoch_us,
         worker_lost_us=_FOR_EVER_US,
+        worker_grace_us=_FOR_EVER_US,
         submit_timeout_us=_FOR_EVER_US,
         migration_timeout_us=_FOR_EVER_US,
         queue_renew_us=_FOR_EVER_US,
@@ -212,6 +213,7 @@ def core_settings(spec: GpuSpec, growth_blocks: int | None, epoch_us: int) -> Co
         kv_bytes_per_token=1,
         link_bytes_per_s=_UNLIMITED,
         prefill_tokens_per_s=0,
+        remembered_sequences=0,
     )
 
 

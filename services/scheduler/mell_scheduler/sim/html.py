@@ -1,11 +1,11 @@
 """The report as one self-contained HTML page: a table and plots drawn in SVG, no scripts, no fonts."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from html import escape
 from math import floor, log10
 
-from mell_scheduler.sim.report import PolicyFigures, Report
+from mell_scheduler.sim.report import Report
 
 _COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#0a7a8a", "#6e4a1f")
 _WIDTH, _HEIGHT, _MARGIN = 920, 260, 74
@@ -82,9 +82,8 @@ def _summed(values: Sequence[int]) -> list[float]:
 
 
 def _table(report: Report) -> str:
-    names = [field.name for field in fields(PolicyFigures)]
-    values = {n: {name: getattr(o.figures, name) for name in names} for n, o in report.outcomes.items()}
-    return _rows(names, values)
+    values = {name: asdict(outcome.figures) | outcome.costs for name, outcome in report.outcomes.items()}
+    return _rows(list(next(iter(values.values()))), values)
 
 
 def _rows(names: Sequence[str], values: dict[str, dict[str, float]]) -> str:

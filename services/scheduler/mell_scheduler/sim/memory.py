@@ -143,6 +143,7 @@ class MemoryRun:
         for move in moves:
             self._tally.moves += 1
             self._tally.moved_tokens += move.size_blocks
+            self._tally.copied_tokens += move.size_blocks
             self._record(
                 "move",
                 item=move.item_id,
@@ -234,6 +235,8 @@ class MemoryRun:
         series.tokens.append(sum(gpu.tokens for gpu in self._busy.values()))
         series.moves.append(tally.moves)
         series.moved_tokens.append(tally.moved_tokens)
+        series.copied_tokens.append(tally.copied_tokens)
+        series.prefilled_tokens.append(tally.prefilled_tokens)
         series.preemptions.append(tally.preemptions)
         series.waiting.append(len(self._waiting))
         self._tally = Tally()

@@ -35,6 +35,8 @@ class Outcome:
 
     figures: PolicyFigures
     series: Series
+    costs: dict[str, float]
+    """What moves cost, by name: see `move_costs`."""
     latency: LatencyPlots | None = None
     """In timed mode."""
 
@@ -79,6 +81,18 @@ def figures_of(
         decision_p50_us=percentile(decision_ns, 0.5) / 1e3,
         decision_p99_us=percentile(decision_ns, 0.99) / 1e3,
     )
+
+
+def move_costs(series: Series, window: Window, requests: int, kv_bytes_per_token: int | None) -> dict[str, float]:
+    """Moves, bytes over links and tokens prefilled anew, per second and per request that arrived in the window."""
+    cut = windowed(series, window)
+    length_s = max(1e-9, window.until_s - window.warmup_s)
+    totals = {"moves": sum(cut.moves), "moved_tokens": sum(cut.moved_tokens)}
+    if kv_bytes_per_token is not None:
+        totals["copied_bytes"] = kv_bytes_per_token * sum(cut.copied_tokens)
+    totals["prefilled_tokens"] = sum(cut.prefilled_tokens)
+    per_s = {f"{name}_per_s": total / length_s for name, total in totals.items() if name.startswith(("copied", "pre"))}
+    return per_s | {f"{name}_per_request": total / max(1, requests) for name, total in totals.items()}
 
 
 _COLUMNS = ("policy", "GPUs", "saved", "peak", "ratio", "use %", "moves/s", "tok/s", "preempt", "us p99")

@@ -1,7 +1,10 @@
 """What a run records second by second, and the figures that the report takes from it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+Progress = Callable[[str, float, float], None]
+"""(run, simulated seconds, of how many): told as a run goes on."""
 
 
 @dataclass(slots=True)
@@ -13,6 +16,10 @@ class Series:
     tokens: list[int] = field(default_factory=list)
     moves: list[int] = field(default_factory=list)
     moved_tokens: list[int] = field(default_factory=list)
+    copied_tokens: list[int] = field(default_factory=list)
+    """Of the tokens moved, those whose KV went over a link."""
+    prefilled_tokens: list[int] = field(default_factory=list)
+    """Of the tokens moved, those that the target prefilled anew."""
     preemptions: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
 
@@ -37,6 +44,8 @@ class Tally:
 
     moves: int = 0
     moved_tokens: int = 0
+    copied_tokens: int = 0
+    prefilled_tokens: int = 0
     preemptions: int = 0
 
 
@@ -48,19 +57,16 @@ class Window:
     until_s: float
 
 
+def arrivals_in(window: Window, arrivals_us: Iterable[int]) -> int:
+    """How many of these arrivals fall into the window."""
+    return sum(1 for at_us in arrivals_us if window.warmup_s * 1e6 <= at_us < window.until_s * 1e6)
+
+
 def windowed(series: Series, window: Window) -> Series:
     """The samples with warmup_s <= time < until_s."""
     inside = [i for i, t in enumerate(series.time_s) if window.warmup_s <= t < window.until_s]
     first, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
-    return Series(
-        series.time_s[first:end],
-        series.gpus[first:end],
-        series.tokens[first:end],
-        series.moves[first:end],
-        series.moved_tokens[first:end],
-        series.preemptions[first:end],
-        series.waiting[first:end],
-    )
+    return Series(*(getattr(series, column.name)[first:end] for column in fields(series)))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -8,14 +8,12 @@ from mell_scheduler.sim.core_driver import CoreDriver
 from mell_scheduler.sim.driver import Driver, PolicyDriver
 from mell_scheduler.sim.memory import DecisionLog, MemoryRun, MemorySettings, NanosecondClock
 from mell_scheduler.sim.paper import paper_workload
-from mell_scheduler.sim.report import Outcome, Report, figures_of
+from mell_scheduler.sim.report import Outcome, Report, figures_of, move_costs
 from mell_scheduler.sim.requests import US_PER_S, Scaling, Workload, scaled, without_oversized
-from mell_scheduler.sim.series import Window
+from mell_scheduler.sim.series import Progress, Window, arrivals_in
 from mell_scheduler.sim.trace import TraceError, read_trace
 
 MakeDriver = Callable[[str, PolicySettings], Driver]
-Progress = Callable[[str, float, float], None]
-"""(policy, simulated seconds, of how many)."""
 
 DEFAULT_POLICIES = ("repack", "load-balance-drain", "load-balance", "best-fit", "worst-fit")
 
@@ -32,6 +30,8 @@ class Simulation:
     until_s: float | None = None
     """None: up to the last arrival."""
     policy_settings: PolicySettings = field(default_factory=PolicySettings)
+    kv_bytes_per_token: int | None = None
+    """Of the model, to count what moves would copy; None: not counted."""
 
 
 def load(trace: str, seed: int) -> Workload:
@@ -99,15 +99,16 @@ def simulate(
         for now_s in run.run(until_s):
             if progress is not None:
                 progress(name, now_s, until_s)
-        outcomes[name] = _outcome(run, window, workload)
+        outcomes[name] = _outcome(run, window, workload, simulation.kv_bytes_per_token)
     capacity = simulation.memory.capacity_tokens
     return Report(workload.name, _settings(simulation, settings, until_s), capacity, workload.excluded, outcomes)
 
 
-def _outcome(run: MemoryRun, window: Window, workload: Workload) -> Outcome:
+def _outcome(run: MemoryRun, window: Window, workload: Workload, kv_bytes_per_token: int | None) -> Outcome:
     rejected = workload.excluded.get("over capacity", 0) + run.series.waiting[-1]
     figures = figures_of(run.series, window, run.settings.capacity_tokens, run.decision_ns, rejected)
-    return Outcome(figures, run.series)
+    arrived = arrivals_in(window, (request.arrival_us for request in workload.requests))
+    return Outcome(figures, run.series, move_costs(run.series, window, arrived, kv_bytes_per_token))
 
 
 def tagged(log: DecisionLog, policy: str) -> DecisionLog:
@@ -123,6 +124,7 @@ def _settings(simulation: Simulation, policy: PolicySettings, until_s: float) ->
     return {
         "mode": "memory",
         **asdict(simulation.memory),
+        "kv_bytes_per_token": simulation.kv_bytes_per_token,
         "scaling": asdict(simulation.scaling),
         "warmup_s": simulation.warmup_s,
         "until_s": until_s,

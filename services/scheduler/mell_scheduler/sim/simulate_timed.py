@@ -6,10 +6,10 @@ from rich.table import Table
 
 from mell_scheduler.policy import PolicySettings
 from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
-from mell_scheduler.sim.report import Outcome, Report, figures_of
+from mell_scheduler.sim.report import Outcome, Report, figures_of, move_costs
 from mell_scheduler.sim.requests import Scaling
-from mell_scheduler.sim.series import Window
-from mell_scheduler.sim.simulate import MakeDriver, Progress, bare_policy, prepare, tagged, window_of
+from mell_scheduler.sim.series import Progress, Window, arrivals_in
+from mell_scheduler.sim.simulate import MakeDriver, bare_policy, prepare, tagged, window_of
 from mell_scheduler.sim.slo import Found, Highest, Latency, Study, cheapest, highest_load, latency_plots
 from mell_scheduler.sim.timed import TimedSettings
 
@@ -48,7 +48,8 @@ class TimedReport:
             chosen = {"head_room": found.head_room, "spares": found.spares} if found else None
             highest = self.highest.get(name)
             most = {"rate_multiple": highest.multiple, "head_room": highest.head_room} if highest else None
-            timed[name] = {**asdict(latency), "chosen": chosen, "highest_rate": most}
+            costs = self.report.outcomes[name].costs
+            timed[name] = {**asdict(latency), **costs, "chosen": chosen, "highest_rate": most}
         missed = [name for name, found in self.found.items() if found is None]
         return {**self.report.as_json(), "timed": timed, "missed_objectives": missed}
 
@@ -64,9 +65,9 @@ def simulate_timed(
     capacity = simulation.timed.roofline.capacity_tokens
     workload = prepare(simulation.trace, simulation.scaling, capacity)
     window = window_of(workload, simulation.warmup_s, simulation.until_s)
-    study = Study(workload, simulation.timed, window, make_driver, clock)
+    study = Study(workload, simulation.timed, window, make_driver, clock, progress)
     outcomes, latencies, found, highest = {}, {}, {}, {}
-    for at, name in enumerate(simulation.policies):
+    for name in simulation.policies:
         settings, chosen = simulation.policy_settings, study
         if simulation.equal_slo and simulation.gpus is not None:
             most = highest[name] = highest_load(lambda multiple: _study_at(simulation, study, multiple), name)
@@ -80,9 +81,10 @@ def simulate_timed(
         latencies[name] = latency
         rejected = workload.excluded.get("over capacity", 0)
         figures = figures_of(run.series, chosen.window, capacity, run.decision_ns, rejected)
-        outcomes[name] = Outcome(figures, run.series, latency_plots(run, latency))
-        if progress is not None:
-            progress("policies", at + 1.0, float(len(simulation.policies)))
+        arrived = arrivals_in(chosen.window, (request.arrival_us for request in chosen.workload.requests))
+        kv_bytes = simulation.timed.roofline.model.kv_bytes_per_token
+        costs = move_costs(run.series, chosen.window, arrived, kv_bytes)
+        outcomes[name] = Outcome(figures, run.series, costs, latency_plots(run, latency))
     report = Report(workload.name, _settings(simulation, window.until_s), capacity, workload.excluded, outcomes)
     return TimedReport(report, latencies, found, highest)
 

@@ -8,7 +8,7 @@ from mell_scheduler.sim.driver import Driver
 from mell_scheduler.sim.engine import Sequence as Served
 from mell_scheduler.sim.memory import DecisionLog, NanosecondClock
 from mell_scheduler.sim.requests import Workload
-from mell_scheduler.sim.series import LatencyPlots, Window, percentile, windowed
+from mell_scheduler.sim.series import LatencyPlots, Progress, Window, percentile, windowed
 from mell_scheduler.sim.timed import TimedRun, TimedSettings
 
 ATTAINMENT = 0.99
@@ -51,16 +51,20 @@ def measure(run: TimedRun, window: Window, rejected: int = 0) -> Latency:
     mean_prompt = sum(s.request.prompt_tokens for s in run.sequences) // max(1, len(run.sequences))
     done = [s for s in judged if s.finished_s is not None]
     met = [_met(s, run.settings, mean_prompt) for s in done]
-    count = max(1, len(judged) + rejected)
+    count = len(judged) + rejected
+
+    def share(attained: int) -> float:
+        return attained / count if count else 1.0
+
     ttfts = [s.first_token_s - s.arrival_s for s in done if s.first_token_s is not None]
     cut = windowed(run.series, window)
     samples = max(1, len(cut.gpus))
     return Latency(
-        attainment=sum(all(m) for m in met) / count,
-        ttft_attainment=sum(m[0] for m in met) / count,
-        tpot_attainment=sum(m[1] for m in met) / count,
-        gap_attainment=sum(m[2] for m in met) / count,
-        resume_attainment=sum(m[3] for m in met) / count,
+        attainment=share(sum(all(m) for m in met)),
+        ttft_attainment=share(sum(m[0] for m in met)),
+        tpot_attainment=share(sum(m[1] for m in met)),
+        gap_attainment=share(sum(m[2] for m in met)),
+        resume_attainment=share(sum(m[3] for m in met)),
         ttft_p50_s=percentile(ttfts, 0.5),
         ttft_p99_s=percentile(ttfts, 0.99),
         tpot_p50_s=percentile([s.tpot_s for s in done], 0.5),
@@ -126,13 +130,16 @@ class Study:
     window: Window
     make_driver: MakeDriver
     clock: NanosecondClock | None = None
+    progress: Progress | None = None
 
     def run(self, name: str, policy: PolicySettings, log: DecisionLog | None = None) -> tuple[TimedRun, Latency]:
         """One run of a policy to its end, and its figures."""
         run = TimedRun(self.workload, self.settings, self.make_driver(name, policy), self.clock)
         run.log = log
-        for _ in run.run(self.window.until_s, DRAIN_S):
-            pass
+        told = f"{name}, head-room {policy.head_room:g}, spares {self.settings.spares}"
+        for now_s in run.run(self.window.until_s, DRAIN_S):
+            if self.progress is not None:
+                self.progress(told, now_s, self.window.until_s)
         return run, measure(run, self.window, self.workload.excluded.get("over capacity", 0))
 
     def with_spares(self, spares: int) -> "Study":
@@ -188,21 +195,30 @@ class Highest:
 
 
 def highest_load(
-    study_at: Callable[[float], Study], name: str, head_rooms: Sequence[float] = HEAD_ROOMS, steps: int = 7
+    study_at: Callable[[float], Study], name: str, head_rooms: Sequence[float] = HEAD_ROOMS, steps: int = 4
 ) -> Highest:
     """The dual, for every policy the same: the best head-room's highest rate on `settings.max_gpus`."""
     found = [Highest(highest_rate(study_at, name, PolicySettings(head_room=h), steps), h) for h in head_rooms]
     return max(found, key=lambda hit: hit.multiple)
 
 
-def highest_rate(study_at: Callable[[float], Study], name: str, policy: PolicySettings, steps: int = 7) -> float:
-    """The highest rate that meets the objectives, by bisection. `study_at` gives the study at a multiple of its rate.
+_FIRST_MULTIPLE = 0.25
+_LAST_MULTIPLE = 1024.0
 
-    The answer is that multiple, up to 4 and a multiple of 4 / 2^steps.
+
+def highest_rate(study_at: Callable[[float], Study], name: str, policy: PolicySettings, steps: int = 4) -> float:
+    """The highest rate that meets the objectives, as a multiple. `study_at` gives the study at one; 0: none does.
+
+    Doubled until it fails, which is cheaper than to begin far above, where everything waits; then `steps` bisections.
     """
-    low, high = 0.0, 4.0
+
+    def met(multiple: float) -> bool:
+        return study_at(multiple).run(name, policy)[1].attainment >= ATTAINMENT
+
+    low, high = 0.0, _FIRST_MULTIPLE
+    while high < _LAST_MULTIPLE and met(high):
+        low, high = high, 2.0 * high
     for _ in range(steps):
         middle = (low + high) / 2
-        _, latency = study_at(middle).run(name, policy)
-        low, high = (middle, high) if latency.attainment >= ATTAINMENT else (low, middle)
+        low, high = (middle, high) if met(middle) else (low, middle)
     return low

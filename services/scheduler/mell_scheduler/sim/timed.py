@@ -256,6 +256,8 @@ class TimedRun:
         self._flights[sequence.item_id] = (max(end_s, self.now_s + self.settings.tick_s), sequence)
         self._tally.moves += 1
         self._tally.moved_tokens += sequence.context
+        self._tally.copied_tokens += transfer.copied_bytes // self._roofline.model.kv_bytes_per_token
+        self._tally.prefilled_tokens += transfer.recomputed_tokens
         self._record(
             "move",
             item=move.item_id,
@@ -331,6 +333,8 @@ class TimedRun:
         series.tokens.append(BLOCK_TOKENS * sum(e.used_blocks for e in self._engines.values()))
         series.moves.append(tally.moves)
         series.moved_tokens.append(tally.moved_tokens)
+        series.copied_tokens.append(tally.copied_tokens)
+        series.prefilled_tokens.append(tally.prefilled_tokens)
         series.preemptions.append(tally.preemptions)
         series.waiting.append(len(self._waiting))
         self._tally = Tally()

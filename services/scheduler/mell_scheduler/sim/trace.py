@@ -8,14 +8,18 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 
 from mell_scheduler.sim.requests import US_PER_S, Request, Workload
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_LONGEST_US = 366 * 24 * 3600 * US_PER_S
+"""A trace that spans more than a year most likely has its times in another unit."""
 
 
 class TraceError(Exception):
@@ -33,7 +37,17 @@ class _Place:
         return TraceError(f"{self.name}, line {self.line}, column {column}: expected {expected}, got {got!r}")
 
 
-_Row = tuple[_Place, Request]
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A request, and where and how its arrival was written."""
+
+    place: _Place
+    arrival_column: str
+    arrival: str
+    request: Request
+
+    def misplaced(self, expected: str) -> TraceError:
+        return self.place.error(self.arrival_column, expected, self.arrival)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ def read_trace(source: str) -> Workload:
         if data.startswith(_GZIP_MAGIC):
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"cannot read {name}: {error}") from error
     label = "-" if source == "-" else Path(source).name
     return _workload(label, name, parse_rows(name, text))
@@ -89,13 +103,20 @@ def parse_rows(name: str, text: str) -> Iterator[_Row]:
         raise TraceError(f"{name} is empty: expected a header line and one row per request")
     if first.startswith("{"):
         return _mooncake_rows(name, text)
-    header = [column.strip() for column in next(csv.reader([first]))]
+    header = _header(name, first)
     for columns in _DIALECTS:
         if {columns.arrival, columns.prompt, columns.output} <= set(header):
             return _csv_rows(name, text, columns)
     raise _Place(name, 1).error(
         "header", "arrival_s,prompt_tokens,output_tokens or TIMESTAMP,ContextTokens,GeneratedTokens", first
     )
+
+
+def _header(name: str, line: str) -> list[str]:
+    try:
+        return [column.strip() for column in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise TraceError(f"{name}, line 1: not valid CSV: {error}") from error
 
 
 def _csv_rows(name: str, text: str, columns: _Columns) -> Iterator[_Row]:
@@ -120,7 +141,8 @@ def _csv_row(place: _Place, row: list[str], wanted: list[int], columns: _Columns
         arrival_us = columns.time_us(arrival)
     except (ValueError, OverflowError):
         raise place.error(columns.arrival, columns.time_format, arrival) from None
-    return place, Request(arrival_us, _tokens(place, columns.prompt, prompt), _tokens(place, columns.output, output))
+    request = Request(arrival_us, _tokens(place, columns.prompt, prompt), _tokens(place, columns.output, output))
+    return _Row(place, columns.arrival, arrival, request)
 
 
 def _tokens(place: _Place, column: str, value: object) -> int:
@@ -140,7 +162,7 @@ def _mooncake_rows(name: str, text: str) -> Iterator[_Row]:
             place = _Place(name, number)
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise place.error("1", "a JSON object", line[:60]) from None
             yield _mooncake_row(place, record)
 
@@ -149,30 +171,33 @@ def _mooncake_row(place: _Place, record: object) -> _Row:
     if not isinstance(record, dict):
         raise place.error("1", "a JSON object", record)
     timestamp = record.get("timestamp")
-    if not isinstance(timestamp, int | float) or isinstance(timestamp, bool):
+    if not isinstance(timestamp, int | float) or isinstance(timestamp, bool) or not isfinite(timestamp):
         raise place.error("timestamp", "milliseconds", timestamp)
     hash_ids = record.get("hash_ids", [])
     if not isinstance(hash_ids, list) or not all(isinstance(h, int) for h in hash_ids):
         raise place.error("hash_ids", "a list of whole numbers", hash_ids)
     prompt = _tokens(place, "input_length", record.get("input_length"))
     output = _tokens(place, "output_length", record.get("output_length"))
-    return place, Request(round(timestamp * 1000), prompt, output, tuple(hash_ids))
+    return _Row(place, "timestamp", str(timestamp), Request(round(timestamp * 1000), prompt, output, tuple(hash_ids)))
 
 
 def _workload(label: str, name: str, rows: Iterator[_Row]) -> Workload:
     """Arrivals from zero; rows out of order are an error, requests without tokens are counted and left out."""
     requests: list[Request] = []
-    start, previous, zero = None, 0, 0
-    for place, request in rows:
-        start = request.arrival_us if start is None else start
-        if request.arrival_us < previous and requests:
-            raise place.error("arrival", "a time not before the row above (sort the trace)", request.arrival_us)
-        previous = request.arrival_us
-        if request.prompt_tokens == 0 or request.output_tokens == 0:
+    start_us: int | None = None
+    previous_us = zero = 0
+    for row in rows:
+        start_us = row.request.arrival_us if start_us is None else start_us
+        arrival_us = row.request.arrival_us - start_us
+        if arrival_us < previous_us:
+            raise row.misplaced("a time not before the row above (sort the trace)")
+        if arrival_us > _LONGEST_US:
+            raise row.misplaced("a time within a year of the first row (in another unit?)")
+        previous_us = arrival_us
+        if row.request.prompt_tokens and row.request.output_tokens:
+            requests.append(replace(row.request, arrival_us=arrival_us))
+        else:
             zero += 1
-            continue
-        arrival_us = request.arrival_us - start
-        requests.append(Request(arrival_us, request.prompt_tokens, request.output_tokens, request.hash_ids))
     if not requests:
         raise TraceError(f"{name} holds no request with tokens: expected one row per request")
     return Workload(label, requests, {"no prompt or no output": zero} if zero else {})

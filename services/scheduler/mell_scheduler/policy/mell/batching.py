@@ -148,6 +148,9 @@ class Mell:
             gpu.spec, gpu.used + gpu.other + unit.size, gpu.count + len(unit.members)
         ):
             return False
+        displaced = [m for m in unit.members.values() if m.gpu is not gpu]
+        if unit.reason is not Reason.OVERLOAD and not all(self._cluster.may_move_rested(m) for m in displaced):
+            return False
         settings = self._settings
         blocks = sum(move.size_blocks for move in moves) + unit.size
         within = len(moves) < settings.max_moves_per_epoch and blocks <= settings.max_moved_blocks_per_epoch

@@ -1,0 +1,73 @@
+"""Two real workers and the real arbiter: every single message and transfer of a move is disturbed, one at a time."""
+
+import pytest
+
+from .cluster import ALL_MODES, Cluster
+from .network import Verdict, disturb, undisturbed
+
+DISTURBANCES: tuple[Verdict, ...] = (
+    "lose",
+    "repeat",
+    "delay",
+    "delay long",
+    "cut",
+    "corrupt",
+    "kill sender",
+    "kill receiver",
+)
+
+LINK_FAULTS = {"cut", "corrupt"}
+"""Of transfers: a message that is cut off or damaged is one that is lost."""
+
+
+def moved(mode: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
+    """Serve one client whose sequence is moved in the middle."""
+    cluster = Cluster(disturb(verdicts) if verdicts else undisturbed)
+    cluster.open(**sampling)
+    cluster.tokens(5)
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    return cluster
+
+
+def flights(mode: str, verdict: Verdict) -> list[int]:
+    """The numbers of all flights from the order to move until the end that can be disturbed so."""
+    cluster = Cluster()
+    cluster.open()
+    cluster.tokens(5)
+    first = len(cluster.network.flights)
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    assert len(cluster.committed()) == 1, "it did not move"
+    transfers = {"OpenLink", "SendBlocks"}
+    hit = [f.number for f in cluster.network.flights[first:] if verdict not in LINK_FAULTS or f.what in transfers]
+    assert hit, "nothing can be disturbed so"
+    return hit
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_an_undisturbed_move_is_not_noticed(mode: str) -> None:
+    """The text is the same, the sequence runs at its target, nothing stays behind, nothing was made twice."""
+    cluster = moved(mode, {})
+    (committed,) = cluster.committed()
+    assert (committed.worker, committed.source, committed.generation) == ("w2", "w1", 2)
+    assert not cluster.failed()
+    assert cluster.frontend.stats.resubmissions == 0
+    assert cluster.frontend.stats.resends == 0
+    assert committed.mode == mode
+    assert (cluster.links.copied_blocks > 0) == (mode != "tokens")
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict"),
+    # By tokens alone there is no transfer that could be cut.
+    [(m, v) for m in ALL_MODES for v in DISTURBANCES if m != "tokens" or v not in LINK_FAULTS],
+)
+def test_whatever_happens_to_any_one_message_the_text_is_right(mode: str, verdict: Verdict) -> None:
+    """Lost, repeated, late, cut, damaged, or the end of either side: right text, once, and no block missing."""
+    for number in flights(mode, verdict):
+        try:
+            cluster = moved(mode, {number: verdict})
+        except AssertionError as error:
+            raise AssertionError(f"{verdict} at flight {number} of a move by {mode}") from error
+        assert len(cluster.committed()) <= 1
