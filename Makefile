@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench docker-test gpu-test clean
+# How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
+MINUTES ?= 30
+
+.PHONY: venv up test soak check format docs bench docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -22,6 +25,10 @@ up: venv
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: venv
+	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
+	$(BIN)/python -m tests.cluster.protocol --minutes $(MINUTES)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -102,7 +102,7 @@ class Judge:
         assert self._may_fail(reader, command), f"{command.sequence} was lost: {command.failure}: {command.message}"
 
     def _may_fail(self, reader: Reader, command: FailSequence) -> bool:
-        """Only what is too large may fail: for all workers there are, or, before it has begun, for those that are up."""
+        """Only what is too large may: for all workers there are, or, before it has begun, for those that are up."""
         request = reader.request
         total = len(request.prompt_ids) + (request.sampling.max_tokens or 1)
         begun = (request.sequence, 1) in self._owners

@@ -48,8 +48,12 @@ def brief(value: Any) -> str:
     """Say in few words what an event, a command or a message is about."""
     if isinstance(value, str):
         return value
-    inner = [getattr(value, name) for name in ("message", "command", "reply", "order", "request") if hasattr(value, name)]
-    about = [str(getattr(value, name)) for name in ("worker", "frontend", "sequence", "migration") if hasattr(value, name)]
+    inner = [
+        getattr(value, name) for name in ("message", "command", "reply", "order", "request") if hasattr(value, name)
+    ]
+    about = [
+        str(getattr(value, name)) for name in ("worker", "frontend", "sequence", "migration") if hasattr(value, name)
+    ]
     messages = [_message(part) for part in inner if not isinstance(part, str)]
     return f"{type(value).__name__}({' '.join([*about, *messages, *_extras(value)])})"
 
@@ -57,13 +61,27 @@ def brief(value: Any) -> str:
 def _message(part: Any) -> str:
     if not isinstance(part, BaseModel):
         return f"{getattr(part, 'sequence', '')}"
-    fields = part.model_dump(exclude={"kind", "sampling", "prompt_ids", "spec", "logprobs", "logprob", "model"}, exclude_defaults=True)
+    fields = part.model_dump(
+        exclude={"kind", "sampling", "prompt_ids", "spec", "logprobs", "logprob", "model"}, exclude_defaults=True
+    )
     told = " ".join(f"{name}={_short(value)}" for name, value in fields.items())
     return f"{type(part).__name__} {told}".strip()
 
 
 def _extras(value: Any) -> list[str]:
-    names = ("generation", "known", "failure", "finish_reason", "cause", "position", "token_ids", "rows", "term", "change", "reason")
+    names = (
+        "generation",
+        "known",
+        "failure",
+        "finish_reason",
+        "cause",
+        "position",
+        "token_ids",
+        "rows",
+        "term",
+        "change",
+        "reason",
+    )
     return [f"{name}={_short(getattr(value, name))}" for name in names if getattr(value, name, None) not in (None, "")]
 
 
