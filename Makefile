@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 # How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
 MINUTES ?= 30
 
-.PHONY: venv up test soak check format docs bench docker-test gpu-test clean
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 up: venv
 	$(BIN)/mell up $(ARGS)
 
+# Only all tests together can be held to the coverage that pyproject.toml asks for.
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),--cov)
 
 soak: venv
 	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
@@ -44,13 +45,24 @@ docs: venv
 	$(BIN)/python docs/generate_configuration.py
 
 bench: venv
-	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks
+	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks
+
+bench-gpu: venv
+	$(BIN)/python -m pytest -m "benchmark and gpu" -s $(ARGS) tests/benchmarks
+
+# FACTOR times as many inputs as within `make test`; prints how many were tried of what.
+FACTOR ?= 100
+fuzz: venv
+	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest --timeout 0 $(ARGS) tests/fuzz
+
+soak-overload: venv
+	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests
 
 gpu-test: venv
-	$(BIN)/python -m pytest -m gpu $(ARGS) tests
+	$(BIN)/python -m pytest -m "gpu and not benchmark" $(ARGS) tests
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -74,7 +74,7 @@ def arrivals_and_departures(policy: Policy, times: int) -> tuple[list[float], fl
     singly, together = newcomers(times // 2, "a"), newcomers(times // 2, "b")
     each = timed(lambda at: policy.allocate(singly[at]), len(singly))
     arrival_us = mean_us(lambda at: policy.allocate(together[at]), len(together))
-    leaving = [*singly, *together]
+    leaving = [item for item in (*singly, *together) if policy.gpu_of(item.item_id) is not None]
     departure_us = mean_us(lambda at: policy.depart(leaving[at].item_id), len(leaving))
     return each, arrival_us, departure_us
 

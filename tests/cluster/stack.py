@@ -24,6 +24,7 @@ _QUICK = {
     "MELL_REPORT_INTERVAL_S": "0.2",
     "MELL_STATUS_INTERVAL_S": "0.2",
     "MELL_WORKER_SILENCE_S": "1.5",
+    "MELL_PROFILE_S": "0",
 }
 
 
@@ -40,6 +41,7 @@ class Service:
     """One process of Mell, with its log."""
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.module = module
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -122,14 +124,14 @@ class Stack:
         self._services.append(service)
         return service
 
-    def start_scheduler(self) -> Service:
+    def start_scheduler(self, *flags: str) -> Service:
         """Start a scheduler."""
-        return self.start("mell_scheduler")
+        return self.start("mell_scheduler", *flags)
 
-    def start_worker(self, name: str, *, step_us: int = 10_000, kv_blocks: int = 256) -> Service:
+    def start_worker(self, name: str, *flags: str, step_us: int = 10_000, kv_blocks: int = 256) -> Service:
         """Start a worker whose steps take `step_us`."""
         limits = ["--max-model-len", "4096", "--kv-blocks", str(kv_blocks), "--fake-step-us", str(step_us)]
-        return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits)
+        return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits, *flags)
 
     def start_frontend(self) -> Service:
         """Start a frontend on a free port."""
@@ -163,8 +165,9 @@ def whole_text(client: httpx.Client, max_tokens: int) -> str:
 class StreamedChat:
     """One streamed answer, read chunk by chunk."""
 
-    def __init__(self, client: httpx.Client, max_tokens: int) -> None:
-        self._request = client.build_request("POST", "/v1/chat/completions", json=chat(max_tokens, stream=True))
+    def __init__(self, client: httpx.Client, max_tokens: int, **more: Any) -> None:
+        body = chat(max_tokens, stream=True, **more)
+        self._request = client.build_request("POST", "/v1/chat/completions", json=body)
         self._response = client.send(self._request, stream=True)
         assert self._response.status_code == 200, self._response.read()
         self._lines = self._response.iter_lines()

@@ -41,6 +41,14 @@ def test_help_lists_every_command(command: str) -> None:
     assert f" {command} " in text
 
 
+def test_shells_complete_commands() -> None:
+    """The completion that `mell --install-completion` sets up knows the commands."""
+    code, text = run(_MELL_COMPLETE="complete_bash", COMP_WORDS="mell s", COMP_CWORD="1")
+    assert code == 0
+    assert {"serve", "simulate", "status"} <= set(text.split())
+    assert "doctor" not in text.split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -26,8 +27,8 @@ class Up:
     """One running `mell up`, its lines as they come, and every process it ever had."""
 
     def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "mell_console", "up", "--engine", "fake", "--port", "0", *flags]
-        own = {"XDG_STATE_HOME": str(folder), "NO_COLOR": "1", **environment}
+        command = [sys.executable, "-m", "mell_console", "up", "--port", "0", *flags]
+        own = {"XDG_STATE_HOME": str(folder), "NO_COLOR": "1", "MELL_ENGINE": "fake", **environment}
         self.process = subprocess.Popen(
             command, env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -37,17 +38,17 @@ class Up:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def until(self, pattern: str) -> re.Match[str]:
+    def until(self, pattern: str, wait_s: float = WAIT_S) -> re.Match[str]:
         """Return the first further line that `pattern` is found in."""
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s = time.monotonic() + wait_s
         while (line := self._queue.get(timeout=max(0.01, deadline_s - time.monotonic()))) is not None:
             if found := re.search(pattern, line):
                 return found
         raise AssertionError(f"no line with {pattern!r} before the end of: {self.text}")
 
-    def up(self) -> str:
+    def up(self, wait_s: float = WAIT_S) -> str:
         """Wait until it is up and return its URL."""
-        url = self.until(r"Mell answers at (http://\S+)/v1")[1]
+        url = self.until(r"Mell answers at (http://\S+)/v1", wait_s)[1]
         self.meet()
         return url
 
@@ -149,6 +150,42 @@ def test_a_stack_answers_survives_deaths_and_leaves_nothing(start: Starter) -> N
     assert "everything is stopped" in up.lines[-1]
     assert up.gone()
     assert "Traceback" not in up.text
+
+
+@pytest.mark.timeout(400)
+def test_the_default_model_answers_through_all_services(start: Starter) -> None:
+    """What a newcomer gets: the real model behind two workers streams to the official client, right and repeatable."""
+    up = start("--workers", "2", "--kv-blocks", "128", MELL_ENGINE="torch")
+    url = up.up(wait_s=300)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=WAIT_S) as client:
+        ask = partial(client.chat.completions.create, model="smollm2-135m", max_tokens=8, temperature=0)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(messages=question, stream=True))
+        assert "Paris" in text
+        whole = ask(messages=question)
+    assert whole.choices[0].message.content == text
+    assert whole.usage.completion_tokens == 8
+    assert up.end(signal.SIGINT) == 0
+    assert up.gone()
+
+
+def test_a_stream_that_outlasts_the_stop_is_told_so(start: Starter) -> None:
+    """Ctrl-C during a long answer ends the stream with an error, and no service has to be killed for it."""
+    # The frontend waits three seconds for an answer that takes fifty.
+    up = start("--workers", "1", "--stop-s", "5", MELL_FAKE_STEP_US="50000")
+    url = up.up()
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
+        stream = client.completions.create(
+            model="fake", prompt="Hello", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        up.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="stopping"):
+            for _chunk in stream:
+                pass
+    assert up.wait() == 0
+    assert "was killed" not in up.text
+    assert up.gone()
 
 
 def test_nothing_survives_a_kill_of_the_command(start: Starter) -> None:

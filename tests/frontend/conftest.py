@@ -40,7 +40,7 @@ async def connect(build_app: Callable[..., App]) -> AsyncIterator[Callable[..., 
 
     def make(**changed: object) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app=build_app(**changed))
-        clients.append(httpx.AsyncClient(transport=transport, base_url="http://mell"))
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://localhost"))
         return clients[-1]
 
     yield make

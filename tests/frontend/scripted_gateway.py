@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mell_frontend.generation import Delta, GenerationError, SequenceRequest, Waiting
-from mell_shared.messages.admin import Status
+from mell_shared.messages.admin import AdminReply, AdminRequest, Status
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason
 
@@ -70,6 +70,9 @@ class ScriptedGateway:
     ready: bool = True
     streams: list[ScriptedStream] = field(default_factory=list)
     problem: GenerationError | None = None
+    orders: list[AdminRequest] = field(default_factory=list)
+    answers: list[AdminReply | GenerationError] = field(default_factory=list)
+    """For the next orders of operators."""
 
     @property
     def requests(self) -> list[SequenceRequest]:
@@ -82,8 +85,14 @@ class ScriptedGateway:
         self.streams.append(stream)
         return stream
 
-    async def status(self) -> Status:
-        """Return an empty cluster, or raise the problem."""
+    async def admin(self, request: AdminRequest) -> AdminReply:
+        """Return the next scripted answer, or an empty cluster, or raise the problem."""
+        self.orders.append(request)
         if self.problem is not None:
             raise self.problem
+        if self.answers:
+            answer = self.answers.pop(0)
+            if isinstance(answer, GenerationError):
+                raise answer
+            return answer
         return Status(scheduler="s", policy="best_fit", uptime_s=1.0, workers=(), queued=0, placed=0, rejected=0)

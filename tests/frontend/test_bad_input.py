@@ -211,6 +211,12 @@ async def test_wrong_legacy_requests(
     assert gateway.streams == []
 
 
+async def test_a_list_that_is_too_short_is_told_in_plain_words(client: httpx.AsyncClient) -> None:
+    """A conversation without messages says how many are needed, and nothing of how that was found out."""
+    response = await client.post(CHAT, json={**ASK, "messages": []})
+    assert checked(response, 400, "messages")["message"] == "messages: List should have at least 1 item, not 0."
+
+
 async def test_unknown_model(client: httpx.AsyncClient) -> None:
     """A model that is not served is a 404 that names those that are."""
     for url, body in ((CHAT, ASK), (LEGACY, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):

@@ -6,6 +6,7 @@ import pytest
 from mell_frontend.generation import Delta, GenerationError, Waiting
 from mell_frontend.stream.limits import StreamLimits
 from mell_shared.codec import decode, encode
+from mell_shared.messages.admin import StatusRequest
 from mell_shared.messages.base import Message
 from mell_shared.messages.frontend import FRONTEND_REPLY, ControlInvalid, Evicted, EvictionTaken, TokensGenerated
 from mell_shared.messages.scheduler import Placed, Queued, Rejected
@@ -141,11 +142,11 @@ def test_no_scheduler_at_all_is_found_out_and_ready_says_no() -> None:
             cluster.scheduler._bus.disconnect()
             stream = cluster.gateway.open(request())
             await until(lambda: not cluster.gateway.ready)
-            assert (await failure(cluster.gateway.status())).kind == "unavailable"
+            assert (await failure(cluster.gateway.admin(StatusRequest()))).kind == "unavailable"
             cluster.scheduler._bus.reconnect()
             assert await read_to_end(stream) == text((1, 2, 3), 20)
             assert cluster.gateway.ready
-            assert (await cluster.gateway.status()).policy == "p"
+            assert (await cluster.gateway.admin(StatusRequest())).policy == "p"  # type: ignore[union-attr]
 
     run_virtually(scenario())
 

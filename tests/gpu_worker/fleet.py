@@ -17,6 +17,7 @@ from mell_gpu_worker.engine_runner import EngineRunner
 from mell_gpu_worker.surroundings import LaneOptions
 from mell_gpu_worker.transport.base import TransportOptions
 from mell_gpu_worker.transport.memory import MemoryLink, MemoryNetwork, MemoryTransport
+from mell_gpu_worker.transport.regions import Region
 from mell_shared.memory_bus import MemoryBroker
 from mell_shared.messages.worker import SubmitAccepted
 from mell_shared.testing import VirtualTimeLoop, run_virtually
@@ -36,8 +37,12 @@ class PacedRunner(EngineRunner):
     async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
         """Let time pass, then compute."""
         prefill = sum(row.count for row in rows if row.count > 1)
-        await asyncio.sleep((STEP_US + PREFILL_TOKEN_US * prefill) / 1e6)
+        await asyncio.sleep((self.step_us() + PREFILL_TOKEN_US * prefill) / 1e6)
         return await super().step(rows)
+
+    def step_us(self) -> float:
+        """What a step takes without prefill."""
+        return STEP_US
 
 
 class Wires(MemoryNetwork):
@@ -52,6 +57,20 @@ class Wires(MemoryNetwork):
         link = await super().open_link(address)
         self.touch(link)
         return link
+
+    def throttle(self, bytes_per_s: float) -> None:
+        """From now on let no link carry more than this."""
+
+        def touch(link: MemoryLink) -> None:
+            post = link.post
+
+            async def slowly(frame: bytes, payload: Region) -> None:
+                await asyncio.sleep(payload.nbytes / bytes_per_s)
+                await post(frame, payload)
+
+            link.post = slowly  # type: ignore[method-assign]
+
+        self.touch = touch
 
     def at_payload(self, number: int, happen: Callable[[MemoryLink, bytes], bytes]) -> None:
         """From now on let something happen to the payload of that number on each link, counted from 0."""
@@ -80,20 +99,22 @@ class Fleet:
         """Run one more worker."""
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        lanes = changes.pop("lanes", NO_LANES)
+        lanes, runner = changes.pop("lanes", NO_LANES), changes.pop("runner", PacedRunner)
         limits = TransportOptions(hello_timeout_s=1.0, **changes.pop("transport", {}))
         transport = self.network.transport(limits, lambda event, fields: self.told.append(event))
         settings = worker_settings(worker_name=name, fake_step_us=0, **changes)
         engine, bus = make_engine(settings.engine_options), self.broker.connect()
-        async with running_worker(bus, engine, loop, settings, PacedRunner, transport=transport, lanes=lanes) as worker:
+        async with running_worker(bus, engine, loop, settings, runner, transport=transport, lanes=lanes) as worker:
             self.workers[name], self.transports[name] = worker, transport
             yield worker
             self.workers.pop(name, None)
         await bus.close()
 
-    async def start(self, sequence: str, worker: str, max_tokens: int = 200, **more: Any) -> None:
+    async def start(
+        self, sequence: str, worker: str, max_tokens: int = 200, prompt: bytes = PROMPT, **more: Any
+    ) -> None:
         """Submit a sequence."""
-        message = submit(sequence, PROMPT, max_tokens=max_tokens, **more)
+        message = submit(sequence, prompt, max_tokens=max_tokens, **more)
         for generation in range(1, 100):
             reply = await self.frontend.submit(worker, message.model_copy(update={"generation": generation}))
             if isinstance(reply, SubmitAccepted):
@@ -158,7 +179,7 @@ def play(
                     worker.task.result()
         await frontend.bus.close()
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("info"))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
     try:
         run_virtually(main())
     finally:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mell_scheduler.core import (
+    Answer,
     Command,
     ConnectionRestored,
     CoreSettings,
@@ -14,6 +15,8 @@ from mell_scheduler.core import (
     LeadershipEnded,
     LeadershipTaken,
     MigrationSettled,
+    OperatorAsked,
+    OrderDrain,
     PlaceRequested,
     Reply,
     SchedulerCore,
@@ -21,7 +24,9 @@ from mell_scheduler.core import (
     Tick,
 )
 from mell_scheduler.core.journal import event_line, header_line, replay
+from mell_scheduler.core.values import OperatorRequest
 from mell_scheduler.policy import POLICY_NAMES, PolicySettings, make_policy
+from mell_shared.messages.admin import DrainRequest, MigrateRequest, ModeAsked, MovingRequest, UndrainRequest
 from mell_shared.messages.scheduler import (
     MigrationCommitted,
     MigrationFailed,
@@ -33,12 +38,15 @@ from mell_shared.messages.scheduler import (
     WorkerReport,
     WorkerSpec,
 )
+from mell_shared.messages.worker import Drain
 from tests.scheduler.script import SECOND, place_request, worker_report, worker_spec
 
 MODELS = ("m", "other")
 SEQUENCES = tuple(f"s{number}" for number in range(12))
 MODES: tuple[tuple[str, ...], ...] = ((), ("kv",), ("tokens", "kv"))
-CORE = CoreSettings(queue_limit=4, overtake_window=3, growth_limit_tokens=64, migration_timeout_us=4 * SECOND)
+CORE = CoreSettings(
+    queue_limit=4, queue_wait_us=20 * SECOND, overtake_window=3, growth_limit_tokens=64, migration_timeout_us=4 * SECOND
+)
 POLICY = PolicySettings(head_room=0.1)
 
 
@@ -122,6 +130,8 @@ class SchedulerLives(RuleBasedStateMachine):
         """Handles without a reply yet: when they came, and for what."""
         self.latest: dict[str, PlaceRequest] = {}
         self.handles = 0
+        self.operators: dict[str, int] = {}
+        """Operators' handles without an answer yet: when they came."""
         self.orders: list[StartMigration] = []
         """On their way to the sources, or there."""
         self.moving: dict[str, tuple[StartMigration, int]] = {}
@@ -275,6 +285,29 @@ class SchedulerLives(RuleBasedStateMachine):
             self.flight.append(WorkerLeft(worker=name, reason="stopped"))
 
     @precondition(lambda self: self.workers)
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(["drain", "rehearse", "undrain", "migrate", "pause", "resume"]),
+        sequence=st.sampled_from(SEQUENCES),
+        mode=st.sampled_from(["auto", "kv", "hybrid"]),
+    )
+    def operate(self, data: st.DataObject, kind: str, sequence: str, mode: ModeAsked) -> None:
+        """An operator orders something; he gets one answer, perhaps after a while."""
+        worker = data.draw(st.sampled_from([*self.workers, "nobody"]))
+        self.handles += 1
+        orders: dict[str, OperatorRequest] = {
+            "drain": DrainRequest(worker=worker, deadline_s=1.0),
+            "rehearse": DrainRequest(worker=worker, dry_run=True),
+            "undrain": UndrainRequest(worker=worker),
+            "migrate": MigrateRequest(ask=f"ask{self.handles % 7}", request=sequence, target=worker, mode=mode),
+            "pause": MovingRequest(paused=True),
+            "resume": MovingRequest(paused=False),
+        }
+        handle = f"op{self.handles}"
+        self.operators[handle] = self.now_us
+        self.send(OperatorAsked(handle, orders[kind]))
+
+    @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def drain(self, data: st.DataObject) -> None:
         """A worker begins or stops to drain."""
@@ -357,6 +390,8 @@ class SchedulerLives(RuleBasedStateMachine):
         self.send(Tick())
         late = [handle for handle, (at_us, _) in self.asked.items() if self.now_us >= at_us + CORE.queue_hold_us]
         assert not late, "a request was held for too long"
+        late = [handle for handle, at_us in self.operators.items() if self.now_us >= at_us + CORE.queue_hold_us]
+        assert not late, "an operator was kept waiting"
 
     @rule()
     def reconnect(self) -> None:
@@ -381,6 +416,12 @@ class SchedulerLives(RuleBasedStateMachine):
                     self.check_move(command)
                 case MigrationSettled():
                     self.settle(command)
+                case Answer():
+                    del self.operators[command.handle]
+                case OrderDrain():
+                    del self.operators[command.handle]
+                    if command.worker in self.workers:
+                        self.workers[command.worker].draining = isinstance(command.order, Drain)
         self.core.check()
 
     def observe(self, event: Event) -> None:
@@ -456,8 +497,8 @@ class SchedulerLives(RuleBasedStateMachine):
         record = self.core.ledger.sequences.get(settled.sequence)
         if settled.outcome != "committed" or record is None or record.pending_until_us is None:
             return
-        source = self.heard[settled.source]
-        if source.report and settled.sequence in source.report.sequences:
+        source = self.heard.get(settled.source)
+        if source and source.report and settled.sequence in source.report.sequences:
             source.ended[settled.sequence] = blocks
         deadline_us = self.now_us + CORE.submit_timeout_us
         self.promises[settled.sequence] = Promise(settled.target, record.generation, blocks, deadline_us)
@@ -523,6 +564,7 @@ class SchedulerLives(RuleBasedStateMachine):
         """All are answered in the end, and the same events give the same commands."""
         self.send(LeadershipEnded())
         assert not self.asked, "someone never got a reply"
+        assert not self.operators, "an operator never got an answer"
         assert [commands for _, _, commands in replay(self.lines)] == self.said
 
 

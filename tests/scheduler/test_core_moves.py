@@ -194,10 +194,26 @@ def test_a_source_that_has_let_go_settles_it_too() -> None:
 @pytest.mark.parametrize(("dies", "kept"), [("b", False), ("a", True)])
 def test_a_worker_that_dies_at_either_end_ends_the_move(dies: str, kept: bool) -> None:
     """With its source the sequence is gone; without its target it stays where it is."""
-    scene = Packed()
+    scene = Packed(worker_lost_us=4 * SECOND)
     scene.order()
-    assert settled(scene.leave(dies)) == [("small", "ended")]
+    said = []
+    for _ in range(4):
+        for worker in {"a", "b"} - {dies}:
+            scene.report(worker, *scene.rows[worker])
+        said += scene.wait(1)
+    assert ("small", "ended") in settled(said)
     assert ("small" in scene.core.ledger.sequences) == kept
+
+
+def test_a_source_that_leaves_in_order_has_let_go() -> None:
+    """It leaves only when it is empty, so the sequence is at the target, whose news is on its way."""
+    scene = Packed()
+    order = scene.order()
+    assert settled(scene.leave("b")) == [("small", "committed")]
+    assert scene.commit(order) == []
+    scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
+    record = scene.core.ledger.sequences["small"]
+    assert (record.worker.worker_id, record.generation) == ("a", 2)
 
 
 @pytest.mark.parametrize("worker", ["a", "b"])

@@ -10,6 +10,7 @@ from mell_scheduler.core import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    OperatorAsked,
     PlaceRequested,
     Reply,
     Tick,
@@ -17,6 +18,7 @@ from mell_scheduler.core import (
 from mell_scheduler.core.journal import JournalError, event_line, header_line, read_event, replay
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.policy import PolicySettings
+from mell_shared.messages.admin import DrainRequest, MigrateRequest, MovingRequest
 from mell_shared.messages.scheduler import (
     MigrationCommitted,
     MigrationFailed,
@@ -33,6 +35,9 @@ EVENTS: list[Event] = [
     WorkerJoined(spec=worker_spec("w1")),
     worker_report(worker_spec("w1"), 1, ("s9", 4, 160, 10)),
     PlaceRequested("inbox", place_request("s1", excluded=("w2",), waited_s=0.25)),
+    OperatorAsked("inbox", DrainRequest(worker="w1", deadline_s=1.5)),
+    OperatorAsked("inbox", MigrateRequest(ask="a", request="s1", target="w2", mode="hybrid")),
+    OperatorAsked("inbox", MovingRequest(paused=True)),
     Tick(),
     MigrationCommitted(worker="w2", source="w1", migration="1-1", sequence="s9", generation=5, copied_bytes=7),
     MigrationFailed(worker="w1", migration="1-2", sequence="s9", generation=4, reason="no_room"),
@@ -86,10 +91,10 @@ def test_a_broken_journal_is_said_so(lines: list[str], said: str) -> None:
 def test_the_log_holds_header_and_events(tmp_path: Path) -> None:
     """After a tick all is on the disk, also without a clean end."""
     log = EventLog(tmp_path / "log.jsonl", HEADER)
-    for at_us, event in enumerate(EVENTS[:6]):
+    for at_us, event in enumerate(EVENTS[:9]):
         log.record(event, at_us)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert lines == [HEADER, *(event_line(event, at_us) for at_us, event in enumerate(EVENTS[:6]))]
+    assert lines == [HEADER, *(event_line(event, at_us) for at_us, event in enumerate(EVENTS[:9]))]
     log.close()
     log.close()
 

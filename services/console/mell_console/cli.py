@@ -1,7 +1,9 @@
 """The `mell` command: parses what was asked and hands it to the module that does it, imported only then."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +13,6 @@ app = typer.Typer(
     name="mell",
     help="Serve large language models for many users on as few GPUs as possible.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -19,9 +20,41 @@ serve = typer.Typer(help="Run one service in this process.", no_args_is_help=Tru
 model = typer.Typer(help="Fetch models and find them.", no_args_is_help=True)
 app.add_typer(serve, name="serve")
 app.add_typer(model, name="model")
+moves = typer.Typer(help="Moves of running requests between workers.", no_args_is_help=True)
+app.add_typer(moves, name="moves")
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For commands whose flags are a settings class: it parses them, and `--help` is its own."""
+
+_URL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option(envvar="MELL_URL", help="Where a frontend answers.")]
+AdminKey = Annotated[
+    str, typer.Option(envvar="MELL_ADMIN_KEY", help="The frontend's admin key; on its own machine it may need none.")
+]
+Worker = Annotated[str, typer.Argument(help="A worker's id, or a name that only one has.")]
+Request = Annotated[
+    str, typer.Argument(help="The id of an answer (chatcmpl-...), its x-request-id, or one sequence's id.")
+]
+
+
+class Mode(StrEnum):
+    """How a sequence's state gets to another worker."""
+
+    AUTO = "auto"
+    KV = "kv"
+    TOKENS = "tokens"
+    HYBRID = "hybrid"
+
+
+def duration(text: str | float) -> float:
+    """Return a duration such as 30s or 2m in seconds; defaults, which come through here too, are seconds."""
+    if isinstance(text, float):
+        return text
+    try:
+        return float(load("mell_console.admin.words", "console").seconds(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -66,14 +99,91 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def status(
-    url: Annotated[
-        str, typer.Option(envvar="MELL_URL", help="Where a frontend answers.", show_envvar=True)
-    ] = "http://127.0.0.1:8000",
-    api_key: Annotated[str, typer.Option(envvar="MELL_API_KEY", help="Bearer key, if the frontend asks for one.")] = "",
+    url: Url = _URL,
+    admin_key: AdminKey = "",
+    requests: Annotated[bool, typer.Option("--requests", help="List every sequence too.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the workers and what they hold."""
-    raise typer.Exit(load("mell_console.status", "console").run(url, api_key, as_json=as_json))
+    """Show the workers and what they hold, and the moves between them."""
+    run = load("mell_console.status", "console").run
+    _operate(url, admin_key, lambda frontend: run(frontend, requests=requests, as_json=as_json))
+
+
+@app.command()
+def drain(  # noqa: PLR0913, PLR0917 - its options are its arguments
+    worker: Worker,
+    deadline: Annotated[
+        float | None, typer.Option(parser=duration, metavar="DURATION", help="Then what is left is placed elsewhere.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show where each sequence would go; code 1 if one finds no room.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the worker is empty.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(parser=duration, metavar="DURATION", help="Of --wait; then the code is 3.")
+    ] = None,
+    url: Url = _URL,
+    admin_key: AdminKey = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Empty a worker and keep it empty: its requests move to others while they run."""
+    module = load("mell_console.admin.drain", "console")
+    wish = module.DrainWish(worker, deadline, dry_run, wait, timeout)
+    _operate(url, admin_key, lambda frontend: module.drain(frontend, wish, as_json=as_json))
+
+
+@app.command()
+def undrain(worker: Worker, url: Url = _URL, admin_key: AdminKey = "", as_json: JsonFlag = False) -> None:
+    """Let a drained worker take work again."""
+    order = load("mell_console.admin.drain", "console").undrain
+    _operate(url, admin_key, lambda frontend: order(frontend, worker, as_json=as_json))
+
+
+@app.command()
+def migrate(  # noqa: PLR0913, PLR0917 - its options are its arguments
+    request: Request,
+    to: Annotated[str, typer.Option("--to", help="Worker to move to: its id, or a name only one has.")],
+    mode: Annotated[Mode, typer.Option(help="How its state gets there.")] = Mode.AUTO,
+    wait: Annotated[
+        float, typer.Option(parser=duration, metavar="DURATION", help="How long to wait for the end; then code 3.")
+    ] = 30.0,
+    url: Url = _URL,
+    admin_key: AdminKey = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Move a running request to a worker; its client notices nothing."""
+    module = load("mell_console.admin.migrate", "console")
+    wish = module.MoveWish(to, mode.value, wait)
+    _operate(url, admin_key, lambda frontend: module.migrate(frontend, request, wish, as_json=as_json))
+
+
+@app.command()
+def explain(request: Request, url: Url = _URL, admin_key: AdminKey = "", as_json: JsonFlag = False) -> None:
+    """Show every placement and move of a request: why, and what it cost."""
+    show = load("mell_console.admin.explain", "console").explain
+    _operate(url, admin_key, lambda frontend: show(frontend, request, as_json=as_json))
+
+
+@moves.command()
+def pause(url: Url = _URL, admin_key: AdminKey = "", as_json: JsonFlag = False) -> None:
+    """Plan no more moves, drains included, until resumed; `mell migrate` still moves."""
+    _pause(url, admin_key, paused=True, as_json=as_json)
+
+
+@moves.command()
+def resume(url: Url = _URL, admin_key: AdminKey = "", as_json: JsonFlag = False) -> None:
+    """Plan moves again."""
+    _pause(url, admin_key, paused=False, as_json=as_json)
+
+
+def _pause(url: str, admin_key: str, *, paused: bool, as_json: bool) -> None:
+    order = load("mell_console.admin.migrate", "console").pause
+    _operate(url, admin_key, lambda frontend: order(frontend, paused=paused, as_json=as_json))
+
+
+def _operate(url: str, admin_key: str, work: Callable[[Any], int]) -> None:
+    ask = load("mell_console.admin.ask", "console")
+    raise typer.Exit(ask.command(lambda: work(ask.Frontend(url, admin_key))))
 
 
 @app.command()

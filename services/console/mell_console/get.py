@@ -1,4 +1,4 @@
-"""GETs JSON from a frontend: for commands that ask once and need no HTTP package."""
+"""Asks a frontend for JSON: for commands that ask once and need no HTTP package."""
 
 import json
 import urllib.error
@@ -10,22 +10,39 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class GetError(Exception):
-    """The server did not give the answer asked for; the message is one line that says why."""
+    """The server did not give the answer asked for; the message is one line that says why.
+
+    `status` is its HTTP status and `told` its own words, if it answered with an error.
+    """
+
+    def __init__(self, message: str, status: int | None = None, told: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.told = told
 
 
 def get_json(url: str, api_key: str = "", timeout_s: float = 10.0) -> Any:
     """Return the JSON at `url` (http or https); raises `GetError`. An error's own message is passed on."""
+    return call_json("GET", url, api_key, None, timeout_s)
+
+
+def call_json(method: str, url: str, key: str, body: Any, timeout_s: float) -> Any:
+    """Return the JSON that a request, with `body` as JSON if it is not None, is answered with; raises `GetError`."""
     if not url.startswith(("http://", "https://")):
         raise GetError(f"{url} is no http address")
-    request = urllib.request.Request(url)  # noqa: S310 - checked above
-    if api_key:
-        request.add_header("authorization", f"Bearer {api_key}")
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, method=method)  # noqa: S310 - checked above
+    if data is not None:
+        request.add_header("content-type", "application/json")
+    if key:
+        request.add_header("authorization", f"Bearer {key}")
     try:
         with _OPENER.open(request, timeout=timeout_s) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
-            raise GetError(f"{url} answers {error.code}: {_message(error.read())}") from error
+            told = _message(error.read())
+            raise GetError(f"{url} answers {error.code}: {told or 'no message'}", error.code, told) from error
     except OSError as error:
         raise GetError(f"{url} does not answer: {_reason(error)}") from error
     except ValueError as error:
@@ -36,7 +53,7 @@ def _message(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return "no message"
+        return ""
 
 
 def _reason(error: OSError) -> str:

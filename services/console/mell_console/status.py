@@ -1,38 +1,34 @@
 """`mell status`: what the scheduler knows, asked through a frontend."""
 
-import json
-import sys
+from collections.abc import Iterable
 
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
-from mell_console.get import GetError, get_json
-from mell_shared.messages.admin import STATUS, Status, WorkerStatus
+from mell_console.admin.ask import DONE, Frontend, console, print_json
+from mell_console.admin.words import cost, span
+from mell_shared.messages.admin import STATUS, MoveStatus, Status, WorkerStatus
 
-_WIDE = 200
-_STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "silent": "red"}
+_STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
+_OUTCOME_STYLES = {"moving": "yellow", "committed": "green", "failed": "red", "timeout": "red", "ended": "dim"}
 
 
-def run(url: str, api_key: str, *, as_json: bool) -> int:
-    """Print the status of the stack at `url`; return the exit code."""
-    try:
-        answer = get_json(f"{url.rstrip('/').removesuffix('/v1')}/admin/status", api_key)
-        status = STATUS.validate_python(answer)
-    except GetError as error:
-        sys.stderr.write(f"mell: {error}; is the stack up? (mell up, or --url)\n")
-        return 1
-    except ValidationError:
-        sys.stderr.write(f"mell: {url} answers, but not as a Mell frontend does; use --url\n")
-        return 1
+def run(frontend: Frontend, *, requests: bool, as_json: bool) -> int:
+    """Print the status of the stack; with `requests` each sequence too."""
+    status = frontend.get(f"status?sequences={'true' if requests else 'false'}", STATUS)
     if as_json:
-        sys.stdout.write(json.dumps(answer, indent=1) + "\n")
-    else:
-        # Where nobody looks at a screen's edge, nothing is cut off.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-        console.print(headline(status), soft_wrap=True)
-        console.print(workers_table(status))
-    return 0
+        print_json(status)
+        return DONE
+    out = console()
+    out.print(headline(status), soft_wrap=True)
+    out.print(models_line(status), soft_wrap=True)
+    out.print(workers_table(status))
+    if status.moves or status.recent_moves:
+        out.print("", moves_table([*status.moves, *status.recent_moves]), sep="\n")
+    if requests:
+        out.print("", sequences_table(status), sep="\n")
+        if status.sequences_left_out:
+            out.print(f"and {status.sequences_left_out} more")
+    return DONE
 
 
 def headline(status: Status) -> str:
@@ -41,9 +37,20 @@ def headline(status: Status) -> str:
     return f"{status.scheduler} ({status.policy}) up {status.uptime_s:,.0f} s: {counts}"
 
 
+def models_line(status: Status) -> str:
+    """Return in one line how moves go, and how many workers each model should have."""
+    moves = f"moves: {status.migrating} under way, {status.migrated} made, {status.migrations_failed} failed"
+    if status.failures:
+        moves += f" ({', '.join(f'{failure.reason} {failure.count}' for failure in status.failures)})"
+    if status.moves_paused:
+        moves += ", [yellow]paused[/yellow]"
+    wanted = "".join(f"; {model.model} wants {model.gpus_wanted} GPUs" for model in status.models)
+    return f"{moves}{wanted}"
+
+
 def workers_table(status: Status) -> Table:
     """Return a row for each worker, by name."""
-    table = Table("worker", "model", "on", "state", "KV blocks", "run", "wait", "step", "heard", box=None)
+    table = Table("worker", "model", "on", "state", "KV blocks", "run", "wait", "moving", "step", "heard", box=None)
     for worker in sorted(status.workers, key=lambda worker: (worker.name, worker.worker)):
         style = _STATE_STYLES[worker.state]
         table.add_row(
@@ -54,10 +61,47 @@ def workers_table(status: Status) -> Table:
             kv_use(worker),
             str(worker.running),
             str(worker.waiting),
+            moving(worker),
             f"{worker.step_us / 1000:.1f} ms" if worker.step_us else "",
             f"{worker.report_age_s:.1f} s",
         )
     return table
+
+
+def moves_table(moves: Iterable[MoveStatus]) -> Table:
+    """Return a row for each move, those under way first."""
+    table = Table("move", "sequence", "from", "to", "mode", "reason", "cost", "ago", box=None)
+    for move in moves:
+        style = _OUTCOME_STYLES[move.outcome]
+        why = f": {move.why}" if move.why and move.outcome != "committed" else ""
+        ago = span(move.ago_s) if move.outcome != "moving" else ""
+        table.add_row(
+            f"[{style}]{move.outcome}[/{style}]{why}",
+            move.sequence,
+            move.source,
+            move.target,
+            move.mode,
+            move.reason,
+            cost(move),
+            ago,
+        )
+    return table
+
+
+def sequences_table(status: Status) -> Table:
+    """Return a row for each sequence."""
+    table = Table("sequence", "request id", "state", "worker", "tokens", "KV blocks", "moves", box=None)
+    for row in status.sequences:
+        where = f"{row.worker} -> {row.target}" if row.target else row.worker
+        tokens, blocks = str(row.tokens or ""), str(row.blocks or "")
+        table.add_row(row.sequence, row.request_id, row.state, where, tokens, blocks, str(row.moves))
+    return table
+
+
+def moving(worker: WorkerStatus) -> str:
+    """Return how many sequences are leaving and coming."""
+    parts = [f"-{worker.leaving}"] if worker.leaving else []
+    return " ".join([*parts, f"+{worker.coming}"] if worker.coming else parts)
 
 
 def kv_use(worker: WorkerStatus) -> str:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
 from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
@@ -84,8 +85,11 @@ def create_app(
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
+    operations = AdminApi(gateway, clock).routes()
+    for operation in operations:
+        site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
-    site.openapi = lambda: _openapi(site)  # type: ignore[method-assign]
+    site.openapi = lambda: _openapi(site, operations)  # type: ignore[method-assign]
     app: App = Guard(site, settings, keys, Allowances(keys, general, clock))
     if settings.cors_origins:
         app = CORSMiddleware(
@@ -105,7 +109,6 @@ class _Api:
         self, settings: FrontendSettings, gateway: Gateway, models: Sequence[ServedModel], clock: Clock
     ) -> None:
         self._settings = settings
-        self._gateway = gateway
         self._models = {model.name: model for model in models}
         self._responder = Responder(gateway, clock)
         self._created = int(time.time())
@@ -118,23 +121,24 @@ class _Api:
         site.get("/v1/models/{name:path}", summary="One model")(self.show_model)
         site.add_route("/tokenize", self.tokenize, methods=["POST"])
         site.add_route("/detokenize", self.detokenize, methods=["POST"])
-        site.get("/admin/status", summary="The cluster as the scheduler sees it")(self.status)
 
     async def chat(self, request: Request) -> Response:
         prepare = partial(prepare_chat, models=self._models, settings=self._settings)
         job = await self._read(request, ChatCompletionRequest, prepare)
         head = Head(request_id("chatcmpl"), int(time.time()))
         if job.stream:
-            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedChat(job, head)))
-        return self._answer(request, job, partial(self._responder.whole, job, head, WholeChat(job, head)))
+            return self._answer(request, job, head, partial(self._responder.stream, job, head, StreamedChat(job, head)))
+        return self._answer(request, job, head, partial(self._responder.whole, job, head, WholeChat(job, head)))
 
     async def completion(self, request: Request) -> Response:
         prepare = partial(prepare_completion, models=self._models, settings=self._settings)
         job = await self._read(request, CompletionRequest, prepare)
         head = Head(request_id("cmpl"), int(time.time()))
         if job.stream:
-            return self._answer(request, job, partial(self._responder.stream, job, head, StreamedCompletion(job, head)))
-        return self._answer(request, job, partial(self._responder.whole, job, head, WholeCompletion(job, head)))
+            return self._answer(
+                request, job, head, partial(self._responder.stream, job, head, StreamedCompletion(job, head))
+            )
+        return self._answer(request, job, head, partial(self._responder.whole, job, head, WholeCompletion(job, head)))
 
     async def list_models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card(model) for model in self._models.values()]}
@@ -148,12 +152,12 @@ class _Api:
     async def detokenize(self, request: Request) -> Response:
         return JSONResponse(await self._read(request, DetokenizeRequest, self._detokenize))
 
-    async def status(self) -> dict[str, Any]:
-        return (await self._gateway.status()).model_dump(mode="json")
-
-    def _answer(self, request: Request, job: Job, respond: Callable[[Exchange], Coroutine[Any, Any, None]]) -> Response:
+    def _answer(
+        self, request: Request, job: Job, head: Head, respond: Callable[[Exchange], Coroutine[Any, Any, None]]
+    ) -> Response:
         record = _record(request)
-        record.model, record.stream, record.choices = job.model.name, job.stream, job.choices
+        record.answer_id, record.model = head.id, job.model.name
+        record.stream, record.choices = job.stream, job.choices
         allowance: Allowance = request.scope["state"]["allowance"]
         allowance.reserve(job.most_tokens)
         return _Answer(respond, record, allowance, self._settings.write_timeout_s)
@@ -309,11 +313,13 @@ def _routing_error(request: Request, error: HTTPException, paths: Sequence[str])
     return ApiError(error.status_code, str(error.detail))
 
 
-def _openapi(site: FastAPI) -> dict[str, Any]:
+def _openapi(site: FastAPI, operations: tuple[AdminRoute, ...]) -> dict[str, Any]:
     """Return the OpenAPI document, with the bodies that the routes read by themselves."""
     if site.openapi_schema is None:
         document = get_openapi(title=site.title, version=site.version, routes=site.routes)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        components = document.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
+        components["securitySchemes"] = {"admin_key": {"type": "http", "scheme": "bearer"}}
         for path, (model, does) in _BODIES.items():
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(schema.pop("$defs", {}))
@@ -322,5 +328,6 @@ def _openapi(site: FastAPI) -> dict[str, Any]:
             body = {"required": True, "content": {"application/json": {"schema": reference}}}
             answers = {"200": {"description": "The answer"}, "4XX": {"description": "What is wrong with the request"}}
             document["paths"][path] = {"post": {"summary": does, "requestBody": body, "responses": answers}}
+        document["paths"] |= admin_paths(operations, schemas)
         site.openapi_schema = document
     return site.openapi_schema

@@ -2,12 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
 
 import structlog
 
+from mell_frontend.admin_gate import ADMIN_PATHS, AdminGate
 from mell_frontend.allowance import Allowance, Allowances
-from mell_frontend.asgi import App, Message, Receive, Scope, Send, send_json
+from mell_frontend.asgi import App, Message, Receive, Scope, Send, header_of, send_json
 from mell_frontend.errors import ApiError
 from mell_frontend.key_store import KeyStore
 from mell_frontend.keys import ApiKey
@@ -44,7 +44,7 @@ class Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        taken = _header(scope, b"x-request-id")
+        taken = header_of(scope, b"x-request-id")
         identity = taken.decode() if taken and _REQUEST_ID.fullmatch(taken) else request_id("req")
         record = RequestRecord(identity, scope["method"], scope["path"], self._clock.now_us())
         state = scope.setdefault("state", {})
@@ -82,6 +82,7 @@ class Guard:
         self._max_body_bytes = settings.max_body_bytes
         self._max_header_bytes = settings.max_header_bytes
         self._keys = keys
+        self._admin_gate = AdminGate(settings.admin_key)
         self._allowances = allowances
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +107,7 @@ class Guard:
                 allowance.admit()
             if self._announces_too_much(scope):
                 # A client that waits for `100 Continue` has not sent its body, and need not.
-                waits = (_header(scope, b"expect") or b"").lower() == b"100-continue"
+                waits = (header_of(scope, b"expect") or b"").lower() == b"100-continue"
                 raise self._too_large(read=not waits and await _discard(receive))
         except ApiError as fault:
             await _refuse(scope, send, fault)
@@ -122,10 +123,13 @@ class Guard:
 
     def _key(self, scope: Scope) -> ApiKey | None:
         """Return the key that the request presents, None if none is needed; raises `ApiError` (401)."""
+        if scope["path"].startswith(ADMIN_PATHS):
+            self._admin_gate.check(scope)
+            return None
         ring = self._keys.ring
         if ring is None or scope["path"] in OPEN_PATHS:
             return None
-        key = ring.find(_header(scope, b"authorization"))
+        key = ring.find(header_of(scope, b"authorization"))
         if key is None:
             message = "Incorrect or missing API key: send it as `Authorization: Bearer KEY`."
             fault = ApiError(401, message, code="invalid_api_key")
@@ -135,7 +139,7 @@ class Guard:
         return key
 
     def _announces_too_much(self, scope: Scope) -> bool:
-        length = _header(scope, b"content-length") or b"0"
+        length = header_of(scope, b"content-length") or b"0"
         return length.isdigit() and int(length[:20]) > self._max_body_bytes
 
     def _limited(self, receive: Receive) -> Receive:
@@ -160,7 +164,7 @@ class Guard:
 
 def _is_counted(scope: Scope) -> bool:
     """Whether a request counts against its key's limits: whatever makes the server compute, not what operators do."""
-    return scope["method"] == "POST" and not scope["path"].startswith("/admin/")
+    return scope["method"] == "POST" and not scope["path"].startswith(ADMIN_PATHS)
 
 
 def _telling(allowance: Allowance, send: Send) -> Send:
@@ -192,8 +196,3 @@ async def _discard(receive: Receive) -> bool:
     except TimeoutError:
         return False
     return False
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-    return next((value for key, value in headers if key == name), None)

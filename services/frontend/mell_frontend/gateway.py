@@ -40,7 +40,7 @@ from mell_shared.actor import Actor
 from mell_shared.bus import Bus, Delivery
 from mell_shared.clock import Clock
 from mell_shared.codec import InvalidMessageError, decode
-from mell_shared.messages.admin import Status
+from mell_shared.messages.admin import AdminRefused, AdminReply, AdminRequest, StatusRequest
 from mell_shared.messages.frontend import FRONTEND_CONTROL, TOKENS_GENERATED, ControlInvalid
 from mell_shared.subjects import Subjects
 
@@ -92,11 +92,12 @@ class BusGateway:
             return False
         return self._clock.now_us() - self._scheduler_heard_us < _READY_US
 
-    async def status(self) -> Status:
-        """Return the scheduler's `Status` message; raises `GenerationError` (`unavailable`)."""
-        status = await self._peers.status()
-        self._scheduler_heard_us = self._clock.now_us()
-        return status
+    async def admin(self, request: AdminRequest) -> AdminReply:
+        """Return what the leading scheduler answers to an operator; raises `GenerationError` (`unavailable`)."""
+        reply = await self._peers.admin(request)
+        if not isinstance(reply, AdminRefused) or reply.reason != "not_leader":
+            self._scheduler_heard_us = self._clock.now_us()
+        return reply
 
     @property
     def open_streams(self) -> int:
@@ -170,7 +171,7 @@ class BusGateway:
             heard_us = self._scheduler_heard_us
             if heard_us is None or self._clock.now_us() - heard_us > _PROBE_S * 1e6:
                 try:
-                    await self.status()
+                    await self.admin(StatusRequest())
                 except GenerationError as error:
                     self._log.debug("scheduler_silent", why=error.message)
             await asyncio.sleep(_PROBE_S)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mell_shared.messages.admin import Status
+from mell_shared.messages.admin import AdminReply, AdminRequest
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason, SamplingParams
 
@@ -36,6 +36,8 @@ class SequenceRequest:
     prompt_ids: Sequence[int]
     sampling: SamplingParams
     priority: int = 0
+    request_id: str = ""
+    """What the client and the log call the request it is a choice of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,6 @@ class Gateway(Protocol):
         """Whether the broker is connected and a scheduler answered lately."""
         ...
 
-    async def status(self) -> Status:
-        """Return the scheduler's `Status` message; raises `GenerationError` (`unavailable`)."""
+    async def admin(self, request: AdminRequest) -> AdminReply:
+        """Return what the leading scheduler answers to an operator; raises `GenerationError` (`unavailable`)."""
         ...

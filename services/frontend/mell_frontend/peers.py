@@ -22,7 +22,7 @@ from mell_frontend.stream.events import (
 )
 from mell_shared.bus import Bus, BusError, NoResponderError, RequestTimeoutError
 from mell_shared.codec import InvalidMessageError, decode, encode
-from mell_shared.messages.admin import STATUS, Status, StatusRequest
+from mell_shared.messages.admin import ADMIN_REPLY, AdminReply, AdminRequest
 from mell_shared.messages.scheduler import PLACE_REPLY
 from mell_shared.messages.worker import (
     WORKER_REPLY,
@@ -44,7 +44,7 @@ class Timeouts:
     place_s: float = 2.0
     submit_s: float = 5.0
     command_s: float = 1.0
-    status_s: float = 2.0
+    admin_s: float = 4.0
 
 
 @dataclass(slots=True)
@@ -103,10 +103,10 @@ class Peers:
             return CancelAnswered(sequence, generation)
         return CancelFailed(sequence, generation, _failure(reply))
 
-    async def status(self) -> Status:
-        """Ask the scheduler for the cluster's state; raises `GenerationError` (`unavailable`)."""
-        data = encode(StatusRequest())
-        reply = await self._request(self._subjects.admin("status"), data, self._timeouts.status_s, STATUS)
+    async def admin(self, request: AdminRequest) -> AdminReply:
+        """Ask the leading scheduler what an operator asks; raises `GenerationError` (`unavailable`)."""
+        subject = self._subjects.admin(request.kind)
+        reply = await self._request(subject, encode(request), self._timeouts.admin_s, ADMIN_REPLY)
         if isinstance(reply, str):
             reason = reply.replace("_", " ")
             raise GenerationError("unavailable", f"no scheduler answers ({reason})", retry_after_s=1.0)

@@ -48,15 +48,16 @@ class Job:
         """What the request is known to need at most; without an output limit, its prompts."""
         return sum(map(len, self.prompts)) + (self.sampling.max_tokens or 0) * self.choices
 
-    def sequences(self, request_id: str) -> list[SequenceRequest]:
-        """Return one request for each choice, in order."""
+    def sequences(self, answer_id: str, request_id: str) -> list[SequenceRequest]:
+        """Return one request for each choice, in order; they are named after the answer."""
         return [
             SequenceRequest(
-                sequence=sequence_id(request_id, position, choice),
+                sequence=sequence_id(answer_id, position, choice),
                 model=self.model.name,
                 prompt_ids=prompt,
                 sampling=self.sampling.model_copy(update={"choice": choice}) if choice else self.sampling,
                 priority=self.priority,
+                request_id=request_id,
             )
             for position, prompt in enumerate(self.prompts)
             for choice in range(self.n)

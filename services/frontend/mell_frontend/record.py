@@ -13,6 +13,8 @@ class RequestRecord:
     path: str
     started_us: int
     status: int = 0
+    answer_id: str = ""
+    """What the answer calls itself (`chatcmpl-...`); its sequences are named after it."""
     key: str = ""
     """The name of the API key."""
     model: str = ""
@@ -49,6 +51,7 @@ class RequestRecord:
         }
         if self.choices:
             line |= {
+                "answer_id": self.answer_id,
                 "model": self.model,
                 "stream": self.stream,
                 "choices": self.choices,

@@ -23,7 +23,7 @@ class Responder:
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
-        async with open_streams(self._gateway, job.sequences(head.id)) as reader:
+        async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
             run = _Run(job, reader, exchange.record, self._clock)
             try:
                 while run.open_choices:
@@ -42,7 +42,7 @@ class Responder:
 
     async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
         """Answer with one JSON body."""
-        async with open_streams(self._gateway, job.sequences(head.id)) as reader:
+        async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
             run = _Run(job, reader, exchange.record, self._clock)
             try:
                 while run.open_choices:

@@ -12,6 +12,7 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from mell_frontend.admin_gate import AdminGate
 from mell_frontend.app import create_app
 from mell_frontend.asgi import App
 from mell_frontend.gateway import BusGateway
@@ -108,9 +109,10 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 def _read_keys(settings: FrontendSettings) -> KeyStore:
     try:
+        AdminGate(settings.admin_key)
         return KeyStore(settings.api_keys, settings.api_keys_file)
     except KeysFileError as error:
-        raise StartError(f"{error}; see --api-keys and --api-keys-file") from error
+        raise StartError(f"{error}; see --admin-key, --api-keys and --api-keys-file") from error
 
 
 def _load_models(settings: FrontendSettings) -> list[ServedModel]:
@@ -152,7 +154,7 @@ def _http_config(app: App, settings: FrontendSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         # Twice the headers: the request line and what came along with the head count too.
-        http=bounded_protocol(2 * settings.max_header_bytes, settings.read_timeout_s),
+        http=bounded_protocol(2 * settings.max_header_bytes, settings.read_timeout_s, settings.max_connections),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -19,7 +19,7 @@ from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
 from mell_gpu_worker.surroundings import LaneOptions, Surroundings
 from mell_gpu_worker.transport.base import Transport
-from mell_gpu_worker.worker_config import Measured, core_config, modes_of
+from mell_gpu_worker.worker_config import KV_MODES, Measured, core_config, modes_of
 from mell_shared.bus import Bus
 from mell_shared.clock import SystemClock
 from mell_shared.ids import process_id
@@ -98,7 +98,12 @@ class _Parts:
 
 async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, stop: asyncio.Event) -> None:
     engine, counts = parts.engine, DataCounts()
-    transport = await open_data_port(settings, engine, counts) if modes_of(settings, engine.spec) else None
+    modes = modes_of(settings, engine.spec)
+    if set(settings.migration_modes) - set(modes):
+        # On a GPU without UCX, or with an engine whose memory cannot be seen.
+        left_out = sorted(set(settings.migration_modes) - set(modes))
+        structlog.get_logger().warning("migration_modes_left_out", modes=left_out, transport=settings.transport)
+    transport = await open_data_port(settings, engine, counts) if set(KV_MODES) & set(modes) else None
     try:
         measured = await _measure(settings, parts, transport)
         config = core_config(settings, worker, engine.spec, measured)
@@ -108,7 +113,7 @@ async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, st
             clock=SystemClock(),
             transport=transport,
             data_counts=counts,
-            lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_link_bytes_per_s),
+            lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_lane(engine.spec.device)),
         )
         service = WorkerService(config, EngineRunner(engine, parts.thread, settings.step_timeout_s), around)
         await _serve(settings, service, parts.bus, stop)
@@ -119,17 +124,21 @@ async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, st
 
 async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport | None) -> Measured:
     """Measure what a scheduler plans moves with; nothing where nothing moves."""
-    if transport is None:
-        return Measured()
-    lane = await try_data_port(transport, parts.engine, settings.slow_link_bytes_per_s)
+    link_bytes_per_s = settings.link_bytes_per_s
+    if transport is not None:
+        lane = await try_data_port(transport, parts.engine, settings.slow_lane(parts.engine.spec.device))
+        link_bytes_per_s = link_bytes_per_s or round(lane.bytes_per_s)
     limits = ProfileLimits(
         settings.profile_s, settings.profile_stretch, settings.max_sequences, settings.max_step_tokens
     )
     profile: Profile = ()
-    if settings.profile_s:
-        profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
+    if settings.profile_s and settings.migration_modes:
+        try:
+            profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
+        except EngineError as error:
+            raise StartError(str(error)) from error
         structlog.get_logger().info("prefill_profile", tokens_per_s=dict(profile))
-    return Measured(settings.link_bytes_per_s or round(lane.bytes_per_s), profile)
+    return Measured(link_bytes_per_s, profile)
 
 
 async def _serve(settings: WorkerSettings, service: WorkerService, bus: Bus, stop: asyncio.Event) -> None:

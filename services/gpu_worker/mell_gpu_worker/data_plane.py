@@ -23,7 +23,7 @@ from mell_gpu_worker.core.events import (
     LinkOpened,
     RoundArrived,
 )
-from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.surroundings import Spawn, Surroundings
 from mell_gpu_worker.transport.base import (
     SECRET_BYTES,
     CorruptedError,
@@ -36,8 +36,6 @@ from mell_gpu_worker.transport.base import (
     TransportError,
 )
 
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None] | None]
-"""Runs work beside the caller, as `Actor.spawn`."""
 Put = Callable[[LinkEvent], Awaitable[None]]
 """Hands an event to the core, as `Actor.put`."""
 

@@ -10,7 +10,7 @@ from mell_gpu_worker.metrics import DataCounts
 from mell_gpu_worker.settings import WorkerSettings
 from mell_gpu_worker.transport.addresses import address_towards
 from mell_gpu_worker.transport.base import Tell, Transport, TransportError, TransportOptions
-from mell_gpu_worker.transport.factory import TransportUnavailableError, open_transport, transport_kind
+from mell_gpu_worker.transport.factory import TransportUnavailableError, open_transport
 from mell_gpu_worker.transport.self_test import LaneMeasured, measure_itself
 from mell_shared.process import StartError
 
@@ -22,12 +22,7 @@ _NATS_PORT = 4222
 
 async def open_data_port(settings: WorkerSettings, engine: Engine, counts: DataCounts) -> Transport:
     """Open the transport; what it tells of strangers is logged and counted. Raises `StartError`."""
-    cuda = engine.spec.device.startswith("cuda")
-    if cuda and transport_kind(settings.transport) == "tcp" and "kv" in engine.spec.migration_modes:
-        raise StartError(
-            "KV of a GPU cannot travel over the tcp transport: install mell[ucx], or set --migration-modes tokens"
-        )
-    options = await _options(settings, cuda=cuda)
+    options = await _options(settings, cuda=engine.spec.device.startswith("cuda"))
     try:
         return await open_transport(options, _teller(counts))
     except TransportUnavailableError as error:
@@ -57,7 +52,7 @@ async def _options(settings: WorkerSettings, *, cuda: bool) -> TransportOptions:
     if not host:
         try:
             host = await address_towards(settings.nats_url, _NATS_PORT)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise StartError(f"no address of this machine is known to others ({error}): set --data-host") from error
     return TransportOptions(
         kind=settings.transport,

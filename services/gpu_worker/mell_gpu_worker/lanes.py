@@ -11,9 +11,8 @@ from typing import Any
 
 import structlog
 
-from mell_gpu_worker.data_plane import Spawn
 from mell_gpu_worker.engine_runner import EngineRunner
-from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.surroundings import Spawn, Surroundings
 from mell_gpu_worker.transport.base import SECRET_BYTES, Incoming, TransportError
 from mell_gpu_worker.transport.self_test import LaneMeasured, measure, offer_probe, serve_probe
 from mell_shared.bus import BusError, Delivery, Subscription
@@ -40,7 +39,7 @@ _PROBE_S = 10.0
 
 
 class Lanes:
-    """One worker's part in measuring; `start` subscribes and greets."""
+    """One worker's part in measuring: `subscribe`, then `run`."""
 
     def __init__(self, spec: WorkerSpec, engine: EngineRunner, around: Surroundings, spawn: Spawn) -> None:
         assert around.transport is not None, "without a transport there are no lanes"

@@ -44,6 +44,7 @@ from mell_shared.actor import Actor
 from mell_shared.bus import BusError, Delivery, Subscription
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.base import Message
+from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed, SchedulerEvent
 from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, ReserveKv, Submit
 
 _SHORTEST_SLEEP_S = 0.001
@@ -181,7 +182,7 @@ class WorkerService:
             case PublishTokens(frontend, tokens):
                 await self._publish(self._subjects.frontend_tokens(frontend), tokens)
             case PublishEvent(event):
-                self.moves.published(event)
+                self._note(event)
                 await self._publish(self._subjects.scheduler_events, event)
             case Reply(reply_to, reply):
                 self.counts.replied(reply)
@@ -204,6 +205,14 @@ class WorkerService:
     async def _unsubscribe(self) -> None:
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
+
+    def _note(self, event: SchedulerEvent) -> None:
+        """Count and log what became of a move: one line for each, with its id, at the end that tells of it."""
+        self.moves.published(event)
+        if isinstance(event, MigrationCommitted):
+            self._log.info("migration_committed", **event.model_dump(exclude={"kind", "worker"}))
+        elif isinstance(event, MigrationFailed):
+            self._log.warning("migration_failed", **event.model_dump(exclude={"kind", "worker"}))
 
     async def _ask(self, question: Question) -> None:
         await self._actor.put(await self._peers.ask(question))

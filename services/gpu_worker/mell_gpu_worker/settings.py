@@ -31,6 +31,9 @@ class WorkerSettings(ServiceSettings):
         "auto", description="Of weights and KV; `auto`: float32 on CPU, bfloat16 on CUDA."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores.")
+    compile: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: steps in C++ on CPUs that have a compiler, for models it knows; `off`: in Python."
+    )
     kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
     memory_share: float = Field(0.5, gt=0, le=0.95, description="Share of free memory for the KV pool.")
     block_tokens: int = Field(16, ge=1, le=256, description="Tokens in one KV block; equal in the whole cluster.")
@@ -64,7 +67,9 @@ class WorkerSettings(ServiceSettings):
     ucx_net_devices: str = Field("", description="Interfaces that UCX may use; empty: its choice, `lo` on loopback.")
     ucx_tls: str = Field("", description="Transports that UCX may use, as in UCX_TLS; empty: its choice.")
     link_bytes_per_s: int = Field(0, ge=0, description="What the network carries each way; 0: measured at start.")
-    slow_link_bytes_per_s: float = Field(0.5e9, ge=0, description="A lane measured slower than this is warned of.")
+    slow_link_bytes_per_s: float = Field(
+        0.0, ge=0, description="A lane measured slower than this is warned of; 0: 500 MB/s for a GPU's, 50 MB/s else."
+    )
     lane_probes: int = Field(8, ge=0, description="Most lanes to other workers measured in a minute; 0: none.")
     profile_s: float = Field(
         3.0, ge=0, description="Longest time spent at start to measure prefill beside decodes; 0: not measured."
@@ -102,6 +107,10 @@ class WorkerSettings(ServiceSettings):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no migration mode: kv, tokens and hybrid are")
         return self
+
+    def slow_lane(self, device: str) -> float:
+        """Return below which speed the lanes of a worker with this device are warned of, in bytes per second."""
+        return self.slow_link_bytes_per_s or (0.5e9 if device.startswith("cuda") else 50e6)
 
     @property
     def public_model(self) -> str:

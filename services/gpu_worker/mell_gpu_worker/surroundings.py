@@ -1,12 +1,18 @@
 """What a worker's shell stands on; built once, in `__main__` or in a test, and handed down."""
 
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from mell_gpu_worker.metrics import DataCounts
 from mell_gpu_worker.transport.base import Transport
 from mell_shared.bus import Bus
 from mell_shared.clock import Clock
 from mell_shared.subjects import Subjects
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None] | None]
+"""Runs work beside the caller, as `Actor.spawn`."""
 
 
 @dataclass(frozen=True, slots=True)

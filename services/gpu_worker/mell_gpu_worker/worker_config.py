@@ -7,8 +7,12 @@ from mell_gpu_worker.core.migration.limits import MoveLimits
 from mell_gpu_worker.engine.base import EngineSpec
 from mell_gpu_worker.prefill_profile import Profile
 from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.transport.factory import transport_kind
 from mell_shared.messages.base import MigrationMode
 from mell_shared.messages.scheduler import WorkerSpec
+
+KV_MODES: tuple[MigrationMode, ...] = ("kv", "hybrid")
+"""Those that need a data port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +24,11 @@ class Measured:
 
 
 def modes_of(settings: WorkerSettings, engine: EngineSpec) -> tuple[MigrationMode, ...]:
-    """Return the ways in which sequences may be moved in and out: those asked for that the engine has."""
-    return tuple(mode for mode in engine.migration_modes if mode in settings.migration_modes)
+    """Return the ways in which sequences may be moved in and out: those asked for that engine and transport have."""
+    modes = tuple(mode for mode in engine.migration_modes if mode in settings.migration_modes)
+    if engine.device.startswith("cuda") and transport_kind(settings.transport) == "tcp":
+        return tuple(mode for mode in modes if mode not in KV_MODES)
+    return modes
 
 
 def core_config(

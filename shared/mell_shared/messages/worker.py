@@ -260,7 +260,7 @@ class KvReserved(Message):
     slots: int = Field(ge=0)
     address: str
     secret: bytes
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, lt=2**63)
     step_tokens: int = Field(ge=0)
 
 

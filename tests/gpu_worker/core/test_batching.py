@@ -328,3 +328,19 @@ def test_first_tokens_come_in_order_of_arrival(prompts: list[tuple[int, int]]) -
     for priority in (0, 1):
         own = [number for number in started if prompts[number][1] == priority]
         assert own == sorted(own)
+
+
+def test_who_stands_still_is_neither_computed_nor_preempted() -> None:
+    """Its blocks are about to move, or it is about to go on: whoever needs a block waits instead, and comes back."""
+    world = BatchWorld(kv_blocks=6)
+    first = world.take(submit("a", b"12345678", max_tokens=9))
+    still = world.take(submit("b", b"abcdefgh", max_tokens=9))
+    world.step()
+    still.halted = True
+    while not world.batcher.waiting:
+        assert "b" not in [row.sequence for row in world.step()]
+    assert world.batcher.waiting == [first]
+    assert len(still.blocks) == 3
+    still.halted = False
+    world.run()
+    assert world.ended == {"a": "length", "b": "length"}

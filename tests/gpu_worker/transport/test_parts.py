@@ -256,3 +256,4 @@ async def test_this_machines_address_is_the_one_on_the_way_to_the_broker() -> No
     """On loopback for a broker on loopback."""
     assert await address_towards("nats://127.0.0.1:4222", 4222) == "127.0.0.1"
     assert await address_towards("nats://user:secret@127.0.0.1", 4222) == "127.0.0.1"
+    assert await address_towards("127.0.0.1", 4222) == "127.0.0.1"

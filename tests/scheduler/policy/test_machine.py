@@ -156,7 +156,9 @@ class PolicyMachine(RuleBasedStateMachine):
         """What a drain would do is told without doing it, and each target has room."""
         gpu_id = data.draw(st.sampled_from(self.policy.gpu_ids()))
         before = {g: (self.policy.used_blocks(g), self.policy.state(g)) for g in self.policy.gpu_ids()}
+        order = {g: self.policy.items_on(g) for g in self.policy.gpu_ids()}
         targets = self.policy.rehearse_drain(gpu_id)
+        assert {g: self.policy.items_on(g) for g in self.policy.gpu_ids()} == order
         assert {g: (self.policy.used_blocks(g), self.policy.state(g)) for g in self.policy.gpu_ids()} == before
         assert [item_id for item_id, _ in targets] == self.policy.items_on(gpu_id)
         for item_id, target in targets:

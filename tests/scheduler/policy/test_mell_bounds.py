@@ -9,7 +9,7 @@ from itertools import product
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mell_scheduler.policy import PolicySettings, make_policy
 from mell_scheduler.policy.base import GpuSpec, Item
@@ -19,6 +19,13 @@ from mell_scheduler.policy.mell.sizes import QUOTA, SizeClass, class_of
 CAPACITY = 96
 CONSTANT = 3
 T, S, M, L = SizeClass
+MIXTURES = {
+    "any": st.integers(1, CAPACITY),
+    "small": st.integers(1, 12),
+    "T": st.integers(13, 24),
+    "S and M": st.integers(25, 48),
+    "around M and L": st.integers(40, 60),
+}
 
 
 def disorder(bins: list[Bin]) -> Counter[str]:
@@ -54,7 +61,10 @@ def weight(sizes: list[int]) -> float:
 
 
 class MellMachine(RuleBasedStateMachine):
-    """Operations in batches; after each batch an epoch, and then every claim must hold."""
+    """Operations in batches; after each batch an epoch, and then every claim must hold.
+
+    A life has mostly requests of one mixture: among all sizes two T-GPUs, say, would hardly ever be short at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +75,22 @@ class MellMachine(RuleBasedStateMachine):
         self.operations = 0
         self.names = 0
         self.batch = 1
+        self.mixture = MIXTURES["any"]
 
-    @rule(size=st.one_of(st.integers(1, CAPACITY), st.integers(1, 12), st.integers(25, 60)))
-    def arrive(self, size: int) -> None:
-        """A request arrives."""
+    @initialize(name=st.sampled_from(sorted(MIXTURES)), data=st.data())
+    def begin(self, name: str, data: st.DataObject) -> None:
+        """Some requests are there already."""
+        self.mixture = MIXTURES[name]
+        for size in data.draw(st.lists(self.mixture, max_size=15)):
+            self.admit(size)
+
+    @rule(data=st.data(), usual=st.integers(0, 3))
+    def arrive(self, data: st.DataObject, usual: int) -> None:
+        """A request arrives, three times in four of the life's mixture."""
+        self.admit(data.draw(self.mixture if usual else MIXTURES["any"]))
+
+    def admit(self, size: int) -> None:
+        """Place it."""
         self.names += 1
         assert self.policy.allocate(Item(f"i{self.names}", size)) is not None
         self.sizes[f"i{self.names}"] = size

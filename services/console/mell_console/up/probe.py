@@ -11,25 +11,25 @@ _ANSWER_S = 5.0
 _USABLE = {"active", "standby"}  # standby: empty, and woken by the first request
 
 
-async def await_workers(url: str, api_key: str, workers: int, deadline_s: float) -> None:
+async def await_workers(url: str, admin_key: str, workers: int, deadline_s: float) -> None:
     """Return when the frontend is ready and its scheduler knows `workers` workers.
 
     `deadline_s` is of the monotonic clock. Raises `StartError`.
     """
     seen = "nothing yet"
     while time.monotonic() < deadline_s:
-        seen = await asyncio.to_thread(_missing, url, api_key, workers)
+        seen = await asyncio.to_thread(_missing, url, admin_key, workers)
         if not seen:
             return
         await asyncio.sleep(_POLL_S)
     raise StartError(f"the services run but do not work together in time ({seen}): see the logs")
 
 
-def _missing(url: str, api_key: str, workers: int) -> str:
+def _missing(url: str, admin_key: str, workers: int) -> str:
     """Return what is still missing, or nothing."""
     try:
-        get_json(f"{url}/ready", api_key, _ANSWER_S)
-        status = get_json(f"{url}/admin/status", api_key, _ANSWER_S)
+        get_json(f"{url}/ready", timeout_s=_ANSWER_S)
+        status = get_json(f"{url}/admin/status", admin_key, _ANSWER_S)
     except GetError as error:
         return str(error)
     usable = [worker for worker in status.get("workers", []) if worker.get("state") in _USABLE]

@@ -10,7 +10,7 @@ from mell_console.up.settings import UpSettings
 _STREAMS_SHARE = 0.6
 """Of the time a service has to stop, for streams that still run; the rest is for ending them and itself."""
 
-_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_LOG_FORMAT"}
+_OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_DATA_PORT", "MELL_LOG_FORMAT"}
 """Variables that must not reach every child alike."""
 
 

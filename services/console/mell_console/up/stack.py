@@ -45,6 +45,11 @@ class StackPlan:
         return public_url(self.settings.host, self.port)
 
     @property
+    def admin_key(self) -> str:
+        """The frontend's admin key; empty if it has none."""
+        return self.environment.get("MELL_ADMIN_KEY", "")
+
+    @property
     def api_key(self) -> str:
         """A bearer key that the frontend takes; empty if it asks for none."""
         return self.environment.get("MELL_API_KEYS", "").strip('[]" ').partition(",")[0].strip('" ')
@@ -79,7 +84,7 @@ class Stack:
             await _all([scheduler_ready, *(self._ready_task(service, deadline_s) for service in others)])
         finally:
             scheduler_ready.cancel()
-        await await_workers(self._plan.url, self._plan.api_key, len(self._plan.workers), deadline_s)
+        await await_workers(self._plan.url, self._plan.admin_key, len(self._plan.workers), deadline_s)
 
     async def stop(self) -> None:
         """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""

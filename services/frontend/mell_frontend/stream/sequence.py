@@ -94,6 +94,7 @@ class Sequence:
             priority=self.request.priority,
             waited_s=(now_us - self.opened_us) / 1e6,
             excluded=self.excluded,
+            request_id=self.request.request_id,
         )
 
     def submit(self, frontend: str) -> Submit:

@@ -279,7 +279,8 @@ class Batcher:
             sampled, end = None, "error"
         elif sampled is not None:
             end = sequence.append(sampled)
-            self._no_newcomer(sequence)
+            if self.newcomers:
+                self._no_newcomer(sequence)
         if end is not None:
             self.end(sequence)
         return Progress(sequence, sampled is not None, end)

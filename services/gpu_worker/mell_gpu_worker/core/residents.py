@@ -17,6 +17,8 @@ class Residents:
         self.worker = worker
         self.batcher = batcher
         self.streams = streams
+        self.stepped_us = 0
+        """When the last step ended, and its tokens were made."""
         self._arrivals = 0
 
     @property

@@ -213,6 +213,7 @@ class WorkerCore:
 
     def _take_step(self, result: StepResult) -> list[Command]:
         progress = self.batcher.commit(result)
+        self._residents.stepped_us = self._now_us
         if self.batcher.decodes_only:
             self._reporter.decode_took(result.step_us)
         said: list[Command] = []

@@ -37,9 +37,9 @@ class Address:
 async def address_towards(url: str, default_port: int) -> str:
     """Return this machine's address on the way to a URL's host: where others that reach that host find this machine.
 
-    Raises `OSError` if the host is unknown or there is no way to it. Nothing is sent.
+    Raises `OSError` if the host is unknown or there is no way to it, `ValueError` if the URL is none. Nothing is sent.
     """
-    parts = urlsplit(url)
+    parts = urlsplit(url if "//" in url else f"//{url}")
     found = await asyncio.get_running_loop().getaddrinfo(
         parts.hostname or "localhost", parts.port or default_port, type=socket.SOCK_DGRAM
     )

@@ -37,11 +37,16 @@ class Drains:
 
     def _plan(self, worker: WorkerRecord) -> tuple[DrainRow, ...]:
         rehearsed = self._policy.rehearse_drain(worker.worker_id)
-        return tuple(self._row(worker, sequence, target) for sequence, target in rehearsed)
+        paused = self._migrations.paused
+        return tuple(self._row(worker, sequence, None if paused else target) for sequence, target in rehearsed)
 
     def _row(self, worker: WorkerRecord, sequence: str, target: str | None) -> DrainRow:
         blocks = self._ledger.sequences[sequence].size_blocks
         if target is not None:
             return DrainRow(sequence=sequence, blocks=blocks, target=target)
-        why = "no other worker has room now" if worker.modes else "this worker moves nothing: it ends here"
-        return DrainRow(sequence=sequence, blocks=blocks, why=why)
+        return DrainRow(sequence=sequence, blocks=blocks, why=self._why_it_stays(worker))
+
+    def _why_it_stays(self, worker: WorkerRecord) -> str:
+        if not worker.modes:
+            return "this worker moves nothing: it ends here"
+        return "moves are paused: mell moves resume" if self._migrations.paused else "no other worker has room now"

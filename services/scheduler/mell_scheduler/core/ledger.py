@@ -53,8 +53,13 @@ class Ledger:
         model.recount()
         return worker
 
-    def remove(self, worker: WorkerRecord, now_us: int) -> None:
-        """Forget a worker and all it held."""
+    def remove(self, worker: WorkerRecord, now_us: int, *, left: bool = False) -> None:
+        """Forget a worker and all it held.
+
+        One that `left` in order had let go of everything: what was moving away is at its target, if anywhere.
+        """
+        for record in [r for r in worker.sequences.values() if left and r.migration is not None]:
+            self.land(record, record.generation, now_us)
         for record in list(worker.sequences.values()):
             self.forget(record, "its worker is gone")
         for record in [r for r in self.moving.values() if r.migration and r.migration.target == worker.worker_id]:
@@ -117,7 +122,9 @@ class Ledger:
 
         `told` is the news of it, if that is how it is known.
         """
-        migration = self._unmove(record, "committed", "" if told else "seen in a report: the news got lost", told)
+        migration = self._unmove(
+            record, "committed", "" if told else "its source has let go of it, or its target reports it", told
+        )
         source, target = record.worker, self.workers[migration.target]
         # Blocks that it may have shared are still used: only the next report knows.
         kept = min(record.blocks, source.shared_blocks)

@@ -97,22 +97,20 @@ class SequenceRecord:
             return "moving"
         return "running" if self.pending_until_us is None else "placed"
 
-    def continues(self, report_number: int, generation: int) -> bool:
-        """Whether a row is no news but the sizes: known, confirmed, and told of once in this report."""
-        return generation == self.generation and self.pending_until_us is None and self.number != report_number
-
     def observe(self, report_number: int, tokens: int, blocks: int, growth_limit: int) -> int:
         """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
         gain = -1
         if self.number >= 0:
-            gain = max(0, tokens - self.tokens) // (report_number - self.number)
+            gain = (tokens - self.tokens) // (report_number - self.number) if tokens > self.tokens else 0
             # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
             decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
             self.growth_tokens = min(growth_limit, max(gain, decayed, 1))
         self.number, self.tokens, self.blocks = report_number, tokens, blocks
         self.pending_until_us = None
         worker, predicted = self.worker, tokens + self.growth_tokens
-        cap = worker.max_total_tokens if self.cap_tokens is None else min(self.cap_tokens, worker.max_total_tokens)
+        cap = self.cap_tokens
+        if cap is None or cap > worker.max_total_tokens:
+            cap = worker.max_total_tokens
         if predicted > cap:
             predicted = max(cap, tokens)
         self.size_blocks = max(blocks, -(-predicted // worker.block_tokens))

@@ -128,12 +128,13 @@ class PackingPolicy:
         gpu = self.cluster.gpus[gpu_id]
         coming = [item for item in gpu.items.values() if item.source is not None]
         leaving = {item.item_id: item.gpu.gpu_id for item in gpu.leaving.values()}
-        state = gpu.state
+        state, order = gpu.state, list(gpu.items)
         self._set_state(gpu_id, GpuState.DRAINING)
         begun = [] if gpu.spec.fixed else drain_moves(self.cluster, self.rule, gpu, coming)
         targets = leaving | {move.item_id: move.target for move in begun}
         for move in reversed(begun):
             self.cluster.abort_move(self.cluster.items[move.item_id])
+        gpu.items = {item_id: gpu.items[item_id] for item_id in order}  # an aborted move puts its item last
         self._set_state(gpu_id, state)
         return [(item_id, targets.get(item_id)) for item_id in self.items_on(gpu_id)]
 

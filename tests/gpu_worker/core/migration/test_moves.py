@@ -4,13 +4,26 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.commands import AskFrontend, CloseLink, OfferKv, PublishEvent, Reply
+from mell_gpu_worker.core.commands import (
+    AskFrontend,
+    AskPeer,
+    CloseLink,
+    OfferKv,
+    OpenLink,
+    PublishEvent,
+    Reply,
+    SendBlocks,
+)
 from mell_gpu_worker.core.events import (
+    AskFailure,
     CommandReceived,
     FrontendAnswered,
     FrontendUnanswered,
     KvOffered,
     LinkClosed,
+    LinkOpened,
+    PeerAnswered,
+    PeerUnanswered,
     RoundArrived,
     StopRequested,
     TimePassed,
@@ -21,6 +34,8 @@ from mell_shared.messages.scheduler import MigrationFailed, SequenceFinished, Wo
 from mell_shared.messages.worker import (
     Cancel,
     CancelDone,
+    CaughtUp,
+    CommandInvalid,
     CommitGranted,
     CommitMigration,
     CommitRefused,
@@ -33,9 +48,9 @@ from mell_shared.messages.worker import (
     MigrateAccepted,
     MigrateRefused,
     ReleaseKv,
-    ReserveKv,
     Resend,
     ResendDone,
+    ReserveKv,
     Submit,
     SubmitAccepted,
     SubmitRefused,
@@ -333,6 +348,27 @@ def test_a_commit_waits_for_the_last_round_and_for_nothing_else() -> None:
     assert target.step.rows[0].start == 16
 
 
+def test_a_commit_waits_for_the_step_under_way() -> None:
+    """While the target prefills for it, its blocks are being written: it runs from the next step on."""
+    target = world(max_step_tokens=8)
+    held(target, reserve(mode="tokens"))
+    assert target.step is not None
+    assert not target.tell(CommandReceived(commit(sent_slots=[]), "commit"))
+    assert only(AskFrontend, target.finish_step())
+    assert [(row.start, row.count) for row in target.step.rows] == [(8, 8)]
+
+
+def test_a_commit_waits_for_prefill_before_what_was_sent() -> None:
+    """A hole before the blocks that came would make them worthless: the part split off is computed first."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="hybrid", split_tokens=12, prompt=LONG[:22]))
+    target.tell(RoundArrived("m1", (3, 4, 5)))
+    told = target.tell(CommandReceived(commit(sent_slots=[3, 4, 5], computed_tokens=24), "commit"))
+    assert not only(AskFrontend, told + target.finish_step())
+    assert only(AskFrontend, target.finish_step())
+    assert [(row.start, row.count) for row in target.step.rows] == [(24, 1)]
+
+
 def test_a_repeated_commit_gets_the_same_answer() -> None:
     """While the frontend is asked the last one waits; afterwards each gets what was decided."""
     target = world()
@@ -346,6 +382,19 @@ def test_a_repeated_commit_gets_the_same_answer() -> None:
     target.tell(LinkClosed("m1"))
     target.run()
     assert target.ask(commit()) == CommitGranted(generation=2)
+
+
+def test_a_release_does_not_drop_a_claim_under_way() -> None:
+    """It may have been granted already: only the frontend's answer decides."""
+    target = world()
+    held(target)
+    target.tell(RoundArrived("m1", (0, 1, 2, 3)))
+    (ask,) = only(AskFrontend, target.tell(CommandReceived(commit(), "commit")))
+    assert target.ask(ReleaseKv(migration="m1")) == KvReleased()
+    target.tell(FrontendAnswered("f1", ask.message, Granted(generation=2, accepted=3)))
+    target.tell(LinkClosed("m1"))
+    target.run()
+    assert len(target.output(generation=2)) == 17, "it has three of its twenty outputs from its source"
 
 
 def test_a_refused_claim_frees_everything_and_publishes_nothing() -> None:
@@ -471,6 +520,97 @@ def test_what_arrives_is_prefilled_after_the_workers_own() -> None:
     assert steps == [[("own", 16)], [("own", 8), ("a", 8)], [("own", 1), ("a", 15)], [("own", 1), ("a", 15)]]
 
 
+# --- what the source makes of answers
+
+
+def asked_of_peer(source: CoreWorld) -> list[AskPeer]:
+    """All questions to other workers so far."""
+    return only(AskPeer, source.commands)
+
+
+def test_only_the_answer_to_the_open_question_counts() -> None:
+    """Late ones, to a question that was given up or to none, change nothing."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="", secret=b"", size_bytes=0, step_tokens=8)
+    (reserving,) = asked_of_peer(source)
+    source.tell(PeerAnswered("w2", reserving.message, room))
+    (_, extending) = asked_of_peer(source)
+    assert isinstance(extending.message, ExtendKv)
+    old = extending.message.model_copy(update={"number": 99})
+    for late in (PeerAnswered("w2", old, CaughtUp(computed_tokens=5)), PeerAnswered("w2", reserving.message, room)):
+        source.tell(late)
+        source.tell(PeerUnanswered("w2", late.message, "no_responder"))
+    assert len(asked_of_peer(source)) == 2
+    source.tell(PeerAnswered("w2", extending.message, CaughtUp(computed_tokens=5)))
+    source.finish_step()
+    assert isinstance(asked_of_peer(source)[-1].message, CommitMigration)
+
+
+def test_a_target_that_does_not_get_on_is_told_to_stop_and_sent_the_rest() -> None:
+    """After a few answers without progress it prefills no further; what it has by then is not sent."""
+    source = world()
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="there", secret=b"s", size_bytes=99, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    goals = []
+    for computed in (4, 4, 4, 4, 4, 5):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        goals.append(question.prefill_tokens)
+        told = source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=computed)))
+    assert goals == [10, 10, 10, 10, 10, 0]
+    assert only(OpenLink, told) == [OpenLink("m1", "there", b"s", 99, MoveLimits().link_us)]
+    (send,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
+    assert [slot for slot, _ in send.blocks] == [1, 2]
+
+
+@pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
+def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFailure) -> None:
+    """It is told to release it; the sequence never stopped."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    told = source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, failure))
+    assert [ask.message for ask in only(AskPeer, told)] == [ReleaseKv(migration="m1")]
+    assert failures(source) in (["timeout"], ["unreachable"], ["unsupported"])
+    source.run()
+    assert len(source.output()) == 40
+
+
+def test_a_release_is_repeated_a_few_times() -> None:
+    """Then the reservation's expiry has to do."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, "timeout"))
+    for _ in range(5):
+        source.tell(PeerUnanswered("w2", ReleaseKv(migration="m1"), "timeout"))
+    assert [ask.message.kind for ask in asked_of_peer(source)] == ["reserve_kv"] + ["release_kv"] * 3
+
+
+def test_a_target_whose_answer_makes_no_sense_gets_nothing() -> None:
+    """Room that no sequence fits into, or an answer to another question: called off, and released."""
+    for nonsense in (
+        KvReserved(held_tokens=3, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        KvReserved(held_tokens=400, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        CommandInvalid(message="what is reserve_kv?"),
+        KvReleased(),
+    ):
+        source = world()
+        source.ask(submit(max_tokens=40))
+        source.ask(migrate())
+        source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, nonsense))
+        assert failures(source) == ["unsupported"]
+        assert isinstance(asked_of_peer(source)[-1].message, ReleaseKv)
+        source.run()
+        assert len(source.output()) == 40
+
+
 # --- what happens to the sequence meanwhile
 
 
@@ -497,24 +637,29 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     assert not any(isinstance(e, SequenceFinished) and e.reason != "cancelled" for e in cluster.events)
 
 
-@MODES
-def test_a_sequence_that_is_preempted_in_mid_copy_stays(mode: str) -> None:
-    """The move is called off, the target is free, and the sequence comes back where it was."""
+@pytest.mark.parametrize(
+    ("mode", "slow"),
+    [
+        *(("kv", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks")),
+        *(("tokens", slow) for slow in ("KvReserved", "CaughtUp")),
+        *(("hybrid", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks", "CaughtUp")),
+    ],
+)
+def test_a_sequence_that_is_preempted_in_mid_copy_stays(mode: str, slow: str) -> None:
+    """The move is called off, blocks being sent come free a moment later, and the sequence comes back where it was."""
     cluster = Cluster(kv_blocks=40, max_step_tokens=8)
     cluster.open("first", LONG, priority=1, max_tokens=80)
-    cluster.tokens(40, "first")
+    cluster.tokens(36, "first")
     cluster.open("a", LONG[::-1][:24], max_tokens=60)
     cluster.tokens(1)
-    cluster.network.plan = lambda flight: "delay" if flight.what in {"KvReserved", "CaughtUp"} else "deliver"
-    preempted = cluster.nodes["w1"].core.batcher
-    for _ in range(20):
-        if preempted.preemptions:
-            break
-        if not cluster.nodes["w1"].core.moves and cluster.owner() == ("w1", 1):
-            cluster.migrate("a", "w2", mode)
-        cluster.run_for(5 * MS_US)
+    cluster.network.plan = lambda flight: "delay" if flight.what == slow else "deliver"
+    cluster.migrate("a", "w2", mode)
     cluster.finish()
-    assert cluster.committed() or "preempted" in [event.reason for event in cluster.failed()]
+    assert cluster.nodes["w1"].core.batcher.preemptions == 1
+    settled = [event.reason for event in cluster.failed()] + [event.mode for event in cluster.committed()]
+    assert settled in (["preempted"], [mode]), settled
+    if slow == "KvReserved":
+        assert settled == ["preempted"]
 
 
 def test_a_target_without_room_is_told_from_one_that_fails() -> None:
@@ -529,6 +674,36 @@ def test_a_target_without_room_is_told_from_one_that_fails() -> None:
     assert [event.reason for event in cluster.failed()] == ["no_room"]
 
 
+def _rows(cluster: Cluster) -> int:
+    """How often the target has computed anything of "a"."""
+    return sum(name == "a" for name, _, _ in cluster.nodes["w2"].computed)
+
+
+def test_a_target_that_is_told_to_stop_prefilling_answers_when_it_has() -> None:
+    """Not while a step writes to its blocks, which the source is about to send; then nothing more is computed."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    assert target.step is not None
+    stop = ExtendKv(migration="m1", number=1, first_index=2, prefill_tokens=0)
+    assert not target.tell(CommandReceived(stop, "stop"))
+    assert target.finish_step() == [Reply("stop", CaughtUp(computed_tokens=8))]
+    assert target.step is None
+
+
+def test_a_target_says_how_far_it_is_when_it_takes_long() -> None:
+    """A question is held until all is computed, or for half a second; then it is asked again."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    ask = ExtendKv(migration="m1", number=1, first_index=2, output_ids=[67], prefill_tokens=24)
+    assert not target.tell(CommandReceived(ask, "first"))
+    target.tell(TimePassed(), after_us=SECOND_US // 2)
+    assert only(Reply, target.finish_step()) == [Reply("first", CaughtUp(computed_tokens=8))]
+    assert not target.tell(CommandReceived(ask.model_copy(update={"number": 2}), "second"))
+    assert not only(Reply, target.finish_step())
+    assert only(Reply, target.finish_step()) == [Reply("second", CaughtUp(computed_tokens=24))]
+    assert target.step is None, "the last token is left for the step that samples"
+
+
 def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
     """Rounds that do not shrink end in a copy, of what it has not computed by then."""
     cluster = Cluster(kv_blocks=340, max_step_tokens=8)
@@ -539,6 +714,10 @@ def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
         cluster.open(f"s{number}", LONG[:20], max_tokens=160, seed=number, priority=1)
     cluster.run_for(40 * STEP_US)
     cluster.migrate("a", "w2", "tokens")
+    at(cluster, "SendBlocks")
+    prefilled = _rows(cluster)
+    at(cluster, "CommitMigration")
+    assert _rows(cluster) == prefilled, "it prefills what is being sent"
     cluster.finish()
     (committed,) = cluster.committed()
     assert committed.mode == "kv"
@@ -557,6 +736,19 @@ def test_without_a_transport_a_target_that_does_not_catch_up_gets_nothing() -> N
     cluster.migrate("a", "w2", "tokens")
     cluster.finish()
     assert [event.reason for event in cluster.failed()] == ["timeout"]
+
+
+@MODES
+def test_a_sequence_that_outgrows_its_room_stops_early(mode: str) -> None:
+    """It decodes more than was asked for while its blocks travel: it stops before they would not fit, and moves."""
+    cluster = Cluster(kv_blocks=60, moves=MoveLimits(growth_tokens=8))
+    cluster.open("a", LONG, max_tokens=100)
+    cluster.tokens(5)
+    slow = {"SendBlocks", "CaughtUp"}
+    cluster.network.plan = lambda flight: "delay" if flight.what in slow else "deliver"
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    assert len(cluster.committed()) == 1
 
 
 def test_tokens_need_no_transport() -> None:

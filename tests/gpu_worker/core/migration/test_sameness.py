@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from .cluster import ALL_MODES, Cluster
+from .cluster import ALL_MODES, STEP_US, Cluster
+from .links import BLOCK_US
+from .network import LATENCY_US, MS_US
 
 PROMPT = bytes(range(65, 91)) * 3
 MODES = pytest.mark.parametrize("mode", ALL_MODES)
@@ -149,3 +151,50 @@ def test_preempted_between_claim_and_grant_it_goes_on_at_its_target() -> None:
     cluster.finish()
     assert len(cluster.committed()) == 1
     assert cluster.frontend.stats.resubmissions == 0
+
+
+@MODES
+def test_the_pause_is_short_whatever_the_length(mode: str) -> None:
+    """One step, the last blocks, a commit, and what a round is late: as long for 40 tokens as for 400."""
+    pauses = []
+    for length in (40, 160, 400):
+        cluster = Cluster(max_model_len=600, kv_blocks=150, max_step_tokens=64)
+        cluster.open("a", bytes(number % 251 for number in range(length)), max_tokens=160)
+        cluster.tokens(20)
+        move(cluster, mode)
+        cluster.finish()
+        (committed,) = cluster.committed()
+        assert committed.stopped_us == committed.tail_us + committed.claim_us + committed.first_step_us
+        pauses.append(committed.stopped_us)
+    assert max(pauses) <= 1.5 * STEP_US + 2 * BLOCK_US + 4 * LATENCY_US + 2 * MS_US, pauses
+    assert max(pauses) - min(pauses) <= STEP_US, pauses
+
+
+def test_whoever_got_all_kv_computes_only_the_last_token() -> None:
+    """The blocks that were not full when the sequence stopped are sent too: the first step is a decode."""
+    for tokens in range(5, 9):
+        cluster = Cluster()
+        cluster.open("a", PROMPT, max_tokens=40)
+        cluster.tokens(tokens)
+        move(cluster, "kv")
+        cluster.finish()
+        assert {count for _, _, count in cluster.nodes["w2"].computed} == {1}
+        assert cluster.nodes["w2"].computed[0][1] == cluster.nodes["w1"].computed[-1][1] + 1
+
+
+def test_only_the_owner_speaks_for_a_sequence() -> None:
+    """Statuses list a sequence at its source while it stands still there, at its target from the grant on."""
+    cluster = Cluster()
+    cluster.open("a", PROMPT, max_tokens=40)
+    cluster.tokens(5)
+    cluster.network.plan = lambda flight: "delay" if flight.what == "Claim" else "deliver"
+    cluster.migrate("a", "w2")
+    source, target = cluster.nodes["w1"].core, cluster.nodes["w2"].core
+    cluster.run_until(lambda: bool(target.batcher.newcomers))
+    assert target.streams.frontends == ()
+    status = source.streams.status("f1")
+    assert (status.sequences, status.ended, status.next_indices) == (("a",), [0], [source.batcher.running[0].outputs])
+    cluster.run_until(lambda: not source.moves.source.moving)
+    assert source.streams.frontends == ()
+    assert target.streams.status("f1").generations == [2]
+    cluster.finish()

@@ -55,7 +55,7 @@ class Outgoing:
     """Outputs that the target knows for sure."""
     outputs: int = 0
     token_us: int = 0
-    """When its last token was made, since the move began."""
+    """When its last token was made."""
     reason: str = ""
     message: str = ""
     """Why it fails, if it does."""
@@ -144,7 +144,7 @@ class Outgoing:
             copied_bytes=copying.size_bytes if copying else 0,
             copy_us=copying.took_us if copying else 0,
             mode=self.mode,
-            tail_us=now_us - self.token_us,
+            tail_us=now_us - self.token_us if sequence.outputs else 0,
         )
 
     def abort(self) -> AbortMigration:

@@ -20,6 +20,7 @@ from mell_gpu_worker.core.events import (
     PeerUnanswered,
 )
 from mell_gpu_worker.core.migration.copying import CatchingUp, Copying
+from mell_gpu_worker.core.migration.orders import Orders
 from mell_gpu_worker.core.migration.outgoing import LinkState, Outgoing
 from mell_gpu_worker.core.migration.past import Past
 from mell_gpu_worker.core.migration.releases import Releases
@@ -28,12 +29,11 @@ from mell_gpu_worker.core.migration.tables import (
     Act,
     SourceEvent,
     SourcePhase,
-    begin,
     due,
     transition,
 )
 from mell_gpu_worker.core.residents import Residents
-from mell_gpu_worker.core.sequence import Phase, Sequence
+from mell_gpu_worker.core.sequence import Phase
 from mell_shared.messages.frontend import FrontendReply, MigrationAborted
 from mell_shared.messages.worker import (
     CaughtUp,
@@ -46,7 +46,6 @@ from mell_shared.messages.worker import (
     KvReserved,
     Migrate,
     MigrateAccepted,
-    MigrateRefused,
     ReleaseKv,
     ReserveKv,
     WorkerReply,
@@ -75,6 +74,7 @@ class Source:
         self._limits = config.moves
         self._residents = residents
         self._batcher = residents.batcher
+        self._orders = Orders(config, residents)
         self._past = Past()
         self._releases = Releases(config.moves.peer_timeout_us)
 
@@ -87,63 +87,13 @@ class Source:
         past = self._past.reply(migrate.migration, now_us)
         if past is not None:
             return past, []
-        refused = self._refusal(migrate)
+        refused = self._orders.refusal(migrate, self.moving.values())
         if refused is not None:
             self._past.remember(migrate.migration, refused, now_us)
             return refused, []
-        return MigrateAccepted(), self._begin(migrate, now_us)
-
-    def _refusal(self, migrate: Migrate) -> MigrateRefused | None:
-        reason, message = self._fault(migrate)
-        return MigrateRefused(reason=reason, message=message) if reason else None
-
-    def _fault(self, migrate: Migrate) -> tuple[str, str]:
-        modes = self._spec.migration_modes
-        if migrate.mode not in modes:
-            return "unsupported", f"this worker moves by {', '.join(modes) or 'no mode'}, not by {migrate.mode}"
-        if migrate.target == self._spec.worker:
-            return "unsupported", "it is here already"
-        sequence = self._residents.streams.find(migrate.sequence, migrate.generation)
-        if sequence is not None:
-            return self._fault_of(sequence)
-        newest = self._residents.streams.newest_generation(migrate.sequence)
-        if newest:
-            return "superseded", f"generation {migrate.generation} is not here; the last one was {newest}"
-        return "unknown", "no such sequence is here"
-
-    def _fault_of(self, sequence: Sequence) -> tuple[str, str]:
-        if not sequence.live:
-            return "ended", "it has ended"
-        if any(move.sequence is sequence for move in self.moving.values()):
-            return "busy", "it is moving already"
-        if sequence.phase is Phase.WAITING:
-            return "preempted", "it was preempted and holds nothing that could be moved"
-        if len(self.moving) >= self._limits.max_outgoing:
-            return "busy", f"{len(self.moving)} sequences are being moved from here already"
-        return "", ""
-
-    def _begin(self, migrate: Migrate, now_us: int) -> list[Command]:
-        sequence = self._residents.streams.find(migrate.sequence, migrate.generation)
-        assert sequence is not None
-        size = self._spec.block_tokens
-        # Ordered by an older size; at least the last token is left to compute.
-        split = min(migrate.split_tokens, len(sequence.token_ids) - 1) // size * size
-        mode = "kv" if migrate.mode == "hybrid" and not split else migrate.mode
-        move = Outgoing(
-            migrate,
-            self._spec.worker,
-            sequence,
-            size,
-            begin(SOURCE_ROLE, now_us, self._limits),
-            mode,
-            split_tokens=split if mode == "hybrid" else 0,
-            known_outputs=sequence.outputs,
-            outputs=sequence.outputs,
-            token_us=now_us,
-        )
-        self.moving[move.migration] = move
+        move = self.moving[migrate.migration] = self._orders.begin(migrate, now_us)
         question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout)
-        return [self._ask(move, question, self._limits.peer_timeout_us)]
+        return MigrateAccepted(), [self._ask(move, question, self._limits.peer_timeout_us)]
 
     @staticmethod
     def _ask(move: Outgoing, question: ReserveKv | ExtendKv | CommitMigration, timeout_us: int) -> Command:

@@ -3,6 +3,7 @@
 from mell_gpu_worker.core.commands import AskFrontend, CloseLink, Command, OfferKv, PublishEvent, Reply, TellDropped
 from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.events import KvOffered, LinkEvent, LinkFailed, RoundArrived
+from mell_gpu_worker.core.migration.adoption import adopt, start
 from mell_gpu_worker.core.migration.incoming import Incoming, Question
 from mell_gpu_worker.core.migration.past import Past
 from mell_gpu_worker.core.migration.rules import fault
@@ -16,7 +17,7 @@ from mell_gpu_worker.core.migration.tables import (
     transition,
 )
 from mell_gpu_worker.core.residents import Residents
-from mell_gpu_worker.core.sequence import Limits, Phase, Sequence, arriving
+from mell_gpu_worker.core.sequence import Limits, Phase, arriving
 from mell_shared.messages.frontend import FrontendReply, Granted, Refused
 from mell_shared.messages.worker import (
     CaughtUp,
@@ -188,7 +189,9 @@ class Target:
                 if phase in {TargetPhase.RESERVED, TargetPhase.JOINING}:
                     return self._apply(move, TargetEvent.HEARD, now_us)
             case LinkFailed(reason=reason, message=message) if phase in _HELD and not move.in_place:
-                return self._apply(move, TargetEvent.LINK_FAILED, now_us, reason, message)
+                # Refused here means that there are too many offers.
+                why = "busy" if reason == "refused" else reason
+                return self._apply(move, TargetEvent.LINK_FAILED, now_us, why, message)
             case _:
                 pass
         return []
@@ -302,7 +305,8 @@ class Target:
     def _do(self, move: Incoming, act: Act, now_us: int) -> list[Command]:
         match act:
             case Act.START:
-                self._start(move)
+                move.question = None
+                start(move, self._batcher)
             case Act.FREE if move.sequence.live:
                 self._batcher.end(move.sequence)
             case Act.FREE | Act.PAUSE:
@@ -321,7 +325,7 @@ class Target:
                 claim = move.make_claim(self._spec.worker)
                 said = [AskFrontend(move.asked.frontend, claim, self._limits.claim_timeout_us)]
             case Act.ADOPT:
-                said = self._adopt(move, now_us)
+                said = adopt(move, self._residents, now_us)
             case Act.TELL_GRANTED:
                 assert move.granted is not None
                 said = self._settle(move, CommitGranted(generation=move.granted.generation), now_us)
@@ -356,44 +360,3 @@ class Target:
         said = self._reply(move, refused)
         dropped = TellDropped(move.migration, move.asked.sequence, move.asked.source, reason)
         return said or ([dropped] if move.reason else [])
-
-    def _start(self, move: Incoming) -> None:
-        """Run the sequence; nothing of it is published yet."""
-        sequence, commit = move.sequence, move.commit
-        assert commit is not None
-        move.question = None
-        sequence.logprobs = list(commit.logprobs)
-        sequence.submitted_outputs = sequence.outputs - len(commit.logprobs)
-        self._batcher.start(sequence, move.computed_in_all)
-
-    def _adopt(self, move: Incoming, now_us: int) -> list[Command]:
-        """The sequence is this worker's now: know it, and publish what its frontend lacks."""
-        granted = move.granted
-        assert granted is not None
-        said: list[Command] = []
-        streams = self._residents.streams
-        if streams.newest_generation(move.asked.sequence) >= granted.generation:
-            # The frontend's next word about it has overtaken this one: it wants nothing of it any more.
-            if move.sequence.live:
-                self._batcher.end(move.sequence)
-            return []
-        older = streams.older(move.asked.sequence, granted.generation)
-        if older is not None:
-            said += self._residents.give_up(older, now_us)
-        sequence = self._from(move, granted.accepted)
-        sequence.generation, sequence.unclaimed = granted.generation, False
-        move.adopted = True
-        return said + self._residents.join(sequence, now_us)
-
-    def _from(self, move: Incoming, accepted: int) -> Sequence:
-        """Return the sequence ready to publish from output index `accepted` on."""
-        sequence = move.sequence
-        if sequence.sampling.logprobs is not None and accepted < sequence.submitted_outputs:
-            # The log-probabilities of these are not known here. Nobody has seen them, so they are made again.
-            if sequence.live:
-                self._batcher.end(sequence)
-            move.sequence = sequence = move.rewound(accepted)
-            self._batcher.wait(sequence)
-        sequence.logprobs = sequence.logprobs[accepted - sequence.submitted_outputs :] if sequence.logprobs else []
-        sequence.submitted_outputs = accepted
-        return sequence

@@ -1,0 +1,51 @@
+"""Figures as operators read them, and durations as they write them. Pure."""
+
+import re
+
+from mell_shared.messages.admin import MoveStatus
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)")
+
+
+def seconds(text: str) -> float:
+    """Return a duration such as 30s, 500ms, 2m, 1h or 30 in seconds; raises ValueError."""
+    found = _DURATION.fullmatch(text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is no duration: write 30s, 500ms, 2m or 1h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def span(duration_s: float) -> str:
+    """Return a duration in a unit that suits it."""
+    if 0 < duration_s < 0.001:
+        return "<1 ms"
+    if duration_s < 0.9995:
+        return f"{duration_s * 1000:.0f} ms"
+    if duration_s < 120:
+        return f"{duration_s:.1f} s"
+    return f"{duration_s / 60:.0f} min" if duration_s < 7200 else f"{duration_s / 3600:.1f} h"
+
+
+def size(count_bytes: int) -> str:
+    """Return a size in a unit that suits it."""
+    amount = float(count_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def cost(move: MoveStatus) -> str:
+    """Return what a move took, beside what was predicted, as far as is known."""
+    told = [f"{span(move.took_s)}{' so far' if move.outcome == 'moving' else ''}"]
+    if move.predicted_s:
+        told.append(f"predicted {span(move.predicted_s)}")
+    if move.stopped_s:
+        told.append(f"stopped {span(move.stopped_s)}")
+    if move.copied_bytes:
+        told.append(f"{size(move.copied_bytes)} copied in {span(move.copy_s)}")
+    if move.prefilled_tokens:
+        told.append(f"{move.prefilled_tokens} tokens prefilled in {span(move.prefill_s)}")
+    return ", ".join(told)
