@@ -4,6 +4,7 @@ Bounds are: workers, tokens, moves, false suspicions, cancels, faults. Without a
 """
 
 import argparse
+import math
 import sys
 import time
 
@@ -16,26 +17,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.protocol", description=__doc__)
     parser.add_argument("bounds", type=int, nargs="*", help="six numbers")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop looking after so long; 0: never")
+    parser.add_argument("--states", type=int, default=1_000_000, help="and after so many states, about 2 KB each")
     chosen = parser.parse_args()
-    until_s = time.monotonic() + 60 * chosen.minutes if chosen.minutes else None
+    until_s = time.monotonic() + 60 * chosen.minutes if chosen.minutes else math.inf
     if chosen.bounds and len(chosen.bounds) != 6:
         parser.error("bounds are six numbers: workers, tokens, moves, suspicions, cancels, faults")
     ladder = (Bounds(chosen.bounds[0], Left(*chosen.bounds[1:])),) if chosen.bounds else LADDER
     for bounds in ladder:
-        in_time = until_s is None or time.monotonic() < until_s
-        if in_time and not _look(bounds, until_s):
+        if time.monotonic() < until_s and not _look(bounds, until_s, chosen.states):
             return 1
     return 0
 
 
-def _look(bounds: Bounds, until_s: float | None) -> bool:
+def _look(bounds: Bounds, until_s: float, most_states: int) -> bool:
     began_s = time.monotonic()
     try:
-        found = Search(bounds).run(until_s)
+        found = Search(bounds).run(until_s, most_states)
     except BrokenError as error:
         print(f"{bounds}\n{error}")  # noqa: T201 - the command's output
         return False
-    seen = "all of them" if found.whole else f"time is over; {found.waiting} were still to be looked at"
+    seen = "all of them" if found.whole else f"stopped; {found.waiting} were still to be looked at"
     spent_s = time.monotonic() - began_s
     text = f"{bounds}: {found.states} states, {found.steps} steps in {spent_s:.0f} s, nothing wrong; {seen}"
     print(text, flush=True)  # noqa: T201 - the command's output

@@ -1,5 +1,6 @@
 """Breadth first through all states, with what must hold in each, and what must be reachable from each."""
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Found:
     states: int
     steps: int
     waiting: int = 0
-    """States seen and not looked at, for time was up; what is within reach of an end is then not known."""
+    """States seen and not looked at, for the search was stopped; whether ends are in reach is then not known."""
 
     @property
     def whole(self) -> bool:
@@ -73,12 +74,12 @@ class Search:
         """By state: where things lead if they go well."""
         self._steps = 0
 
-    def run(self, until_s: float | None = None) -> Found:
-        """Look at everything; or, up to that time of `time.monotonic`, at as much as possible."""
+    def run(self, until_s: float = math.inf, most_states: float = math.inf) -> Found:
+        """Look at everything; or up to that time of `time.monotonic` and so many states, at as much as possible."""
         first = start(self._bounds.workers, self._bounds.left)
         self._number(first, (-1, "start"))
         queue = deque([first])
-        while queue and (until_s is None or time.monotonic() < until_s):
+        while queue and len(self._came) < most_states and time.monotonic() < until_s:
             state = queue.popleft()
             number = self._numbers[state]
             for what, kind, after in self._ways(state, number):
