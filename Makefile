@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
+# How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
+MINUTES ?= 30
+
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -23,6 +26,10 @@ up: venv
 # Only all tests together can be held to the coverage that pyproject.toml asks for.
 test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),--cov)
+
+soak: venv
+	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
+	$(BIN)/python -m tests.cluster.protocol --minutes $(MINUTES)
 
 check: venv
 	$(BIN)/ruff format --check .
