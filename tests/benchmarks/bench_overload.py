@@ -67,7 +67,7 @@ async def ask(client: httpx.AsyncClient, phase: Phase, now: list[Phase]) -> None
 async def load(url: str, phases: list[Phase], services: list[Service]) -> dict[str, list[int]]:
     """Run the phases one after another; returns each process's memory, in MiB, at their ends."""
     memory: dict[str, list[int]] = {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
         httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits, trust_env=False) as client,
         asyncio.TaskGroup() as group,
