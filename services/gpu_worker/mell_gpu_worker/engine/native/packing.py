@@ -29,7 +29,7 @@ class PackedWeights:
     """A model's matrices, taken out of its modules one by one, so that memory holds each only once."""
 
     def __init__(self) -> None:
-        self._taken: dict[int, tuple[nn.Parameter, torch.Tensor, int]] = {}
+        self._taken: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._biases: list[torch.Tensor] = []
 
     def take(self, module: nn.Linear) -> Linear:
