@@ -38,7 +38,7 @@ def test_the_seeds_meet_what_they_are_meant_to() -> None:
             met.update(_kinds(line.event, *line.commands))
         met["blocks sent"] += simulation.links.sent_blocks
     wanted = {
-        "AskResend", "CancelSequence", "ConnectionLost", "LeadershipEnded", "Queued", "SubmitRefused", "Evicted",
+        "AskResend", "CancelSequence", "ConnectionLost", "LeadershipEnded", "Queued", "Evicted",
         "Claim", "AbortMigration", "Granted", "CommitGranted", "MigrationCommitted", "MigrationFailed", "KvRefused",
         "LinkFailed", "CaughtUp", "ReleaseKv", "StatusUnanswered", "WorkerLeft", "blocks sent",
     }  # fmt: skip
