@@ -212,14 +212,16 @@ def moving_without_stopping(patch: Patch) -> None:
 
 def published_before_granted(patch: Patch) -> None:
     """The target publishes as soon as it computes."""
-    start = Target._start
+    do = Target._do
 
-    def careless(self: Target, move: Any) -> None:
-        start(self, move)
-        move.sequence.unclaimed = False
-        self._residents.streams.add(move.sequence, SubmitAccepted(), self._residents.streams._silence_us)
+    def careless(self: Target, move: Any, act: Act, now_us: int) -> Any:
+        said = do(self, move, act, now_us)
+        if act is Act.START:
+            move.sequence.unclaimed = False
+            self._residents.streams.add(move.sequence, SubmitAccepted(), now_us)
+        return said
 
-    patch.setattr(Target, "_start", careless)
+    patch.setattr(Target, "_do", careless)
 
 
 def holes_taken_for_computed(patch: Patch) -> None:
@@ -293,4 +295,7 @@ PLANTED: list[Callable[[Patch], None]] = [
 def test_a_planted_bug_is_caught(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     """Within few seeds something that must hold does not."""
     plant(monkeypatch)
-    assert found() is not None, f"not caught: {plant.__doc__}"
+    failure = found()
+    assert failure is not None, f"not caught: {plant.__doc__}"
+    stumbled = ("AttributeError", "TypeError", "NameError", "ImportError")
+    assert not failure.what.startswith(stumbled), f"the planted bug itself is broken: {failure.what}"
