@@ -26,8 +26,10 @@ from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.factory import make_engine
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.engine_runner import EngineRunner
-from mell_gpu_worker.service import WorkerService, core_config
+from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
+from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.worker_config import core_config
 from mell_scheduler.candidate import AlwaysLeads
 from mell_scheduler.service import SchedulerService
 from mell_scheduler.settings import SchedulerSettings
@@ -42,7 +44,7 @@ class TimedRunner(EngineRunner):
     """Runs the fake engine's steps on the event loop; each takes its time by the loop's clock."""
 
     def __init__(self, engine: FakeEngine, step_s: float) -> None:
-        self._fake = engine
+        self._engine = self._fake = engine
         self._step_s = step_s
 
     async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
@@ -189,4 +191,5 @@ def _worker(
     engine = make_engine(settings.engine_options)
     assert isinstance(engine, FakeEngine)
     config = core_config(settings, name, engine.spec)
-    return WorkerService(config, TimedRunner(engine, step_s), broker.connect(), Subjects(), loop)
+    around = Surroundings(bus=broker.connect(), subjects=Subjects(), clock=loop)
+    return WorkerService(config, TimedRunner(engine, step_s), around)

@@ -13,7 +13,6 @@ from mell_frontend.stream.tokens import TokenIntake
 from mell_gpu_worker.core import blocks, desk, sequence
 from mell_gpu_worker.core.batching import Batcher
 from mell_gpu_worker.core.blocks import BlockPool
-from mell_gpu_worker.core.loans import Loans
 from mell_gpu_worker.core.migration import tables
 from mell_gpu_worker.core.migration.incoming import Incoming
 from mell_gpu_worker.core.migration.outgoing import Outgoing
@@ -233,14 +232,10 @@ def slots_shifted(patch: Patch) -> None:
     patch.setattr(Outgoing, "first_slot_block", property(lambda self: self.held.held_tokens // 4 - 1))
 
 
-def lent_blocks_freed(patch: Patch) -> None:
-    """Blocks are free while a transfer may still read or write them."""
-    patch.setattr(Loans, "lend", nothing)
-
-
 def reservations_for_ever(patch: Patch) -> None:
     """Room whose source is never heard of again is held for ever."""
-    patch.setattr(tables.TARGET_ROLE, "patience", {})
+    for phase in tuple(tables.TARGET_ROLE.patience):
+        patch.delitem(tables.TARGET_ROLE.patience, phase)  # type: ignore[arg-type]
 
 
 def damage_unnoticed(patch: Patch) -> None:
@@ -286,7 +281,6 @@ PLANTED: list[Callable[[Patch], None]] = [
     published_before_granted,
     holes_taken_for_computed,
     slots_shifted,
-    lent_blocks_freed,
     reservations_for_ever,
     damage_unnoticed,
     placements_for_ever,

@@ -1,6 +1,4 @@
-"""The simulation and the services are one: real shells on one bus leave logs that bare cores repeat, and the same
-requests make the same commands in both.
-"""
+"""The simulation and the services are one: cores repeat the services' logs; one load does the same in both."""
 
 import asyncio
 from collections import Counter
@@ -83,7 +81,10 @@ class Recorder:
 
 REQUESTS = tuple(
     SequenceRequest(
-        f"r{number}", FAKE_MODEL, list(range(97, 97 + length)), SamplingParams(seed=number, max_tokens=tokens, ignore_eos=True)
+        f"r{number}",
+        FAKE_MODEL,
+        list(range(97, 97 + length)),
+        SamplingParams(seed=number, max_tokens=tokens, ignore_eos=True),
     )
     for number, (length, tokens) in enumerate([(17, 60), (9, 25), (20, 1), (5, 40)])
 )  # fmt: skip
@@ -101,9 +102,7 @@ async def _serve() -> dict[str, list[int]]:
             transport = wires.transport(TransportOptions(hello_timeout_s=1.0), lambda *_: None)
             engine = make_engine(settings.engine_options)
             around = {"transport": transport, "lanes": NO_LANES}
-            await stack.enter_async_context(
-                running_worker(stage.bus(), engine, loop, settings, PacedRunner, **around)
-            )
+            await stack.enter_async_context(running_worker(stage.bus(), engine, loop, settings, PacedRunner, **around))
         gateway = BusGateway(stage.bus(), SUBJECTS, FrontendCore("f1-1"), loop)
         stage.tasks.append(stage.group.create_task(gateway.run()))
         await asyncio.sleep(3.0)
@@ -128,8 +127,14 @@ async def _move(stage: Stage) -> list[int]:
     await asyncio.sleep(0.05)
     for source, target in (("w1-1", "w2-1"), ("w2-1", "w1-1")):
         order = Migrate(
-            migration=f"by-hand-{source}", sequence=MOVED, generation=1, target=target, mode="kv", reason="manual", term=1
-        )  # fmt: skip
+            migration=f"by-hand-{source}",
+            sequence=MOVED,
+            generation=1,
+            target=target,
+            mode="kv",
+            reason="manual",
+            term=1,
+        )
         reply = await stage.bus().request(SUBJECTS.worker_commands(source), encode(order), 1.0)
         if isinstance(decode(WORKER_REPLY, reply), MigrateAccepted):
             return []
@@ -179,7 +184,9 @@ def test_the_same_requests_make_the_same_commands_in_both(monkeypatch: pytest.Mo
 
 
 def _simulate() -> None:
-    shapes = tuple(WorkerShape(name, 256, 8, 64, STEP_US, True, 1024) for name in ("w1", "w2"))  # noqa: FBT003
+    shapes = tuple(
+        WorkerShape(name, 256, 8, 64, STEP_US, prefix_cache=True, max_model_len=1024) for name in ("w1", "w2")
+    )
     wishes = tuple(Wish(3 * SECOND_US, "f1", request, None) for request in REQUESTS)
     # Whoever has the sequence refuses one of the two.
     moves = tuple(Shove(3 * SECOND_US + 50_000, 0, 0, target, "kv", 1, stale=False) for target in (0, 1))

@@ -99,9 +99,7 @@ def test_a_replay_of_some_faults_is_the_same_run() -> None:
 def test_the_command_replays_a_seed() -> None:
     """`python -m tests.cluster.simulation replay SEED` says that all is well, or tells the story."""
     command = [sys.executable, "-m", "tests.cluster.simulation", "replay", "3", "--faults", "none", "--wishes", "0,1"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={"PYTHONPATH": _path()}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": _path()}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "seed 3: all is well\n"), done.stderr
 
 

@@ -253,7 +253,7 @@ async def served(pieces: list[bytes]) -> Wire:
         await send({"type": "http.response.start", "status": 200, "headers": []})  # type: ignore[misc]
         await send({"type": "http.response.body", "body": b""})  # type: ignore[misc]
 
-    config = uvicorn.Config(app, http=bounded_protocol(4096, 5.0), lifespan="off", log_config=None)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, http=bounded_protocol(4096, 5.0, 100), lifespan="off", log_config=None)  # type: ignore[arg-type]
     config.load()
     made = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[operator]
     wire = Wire()

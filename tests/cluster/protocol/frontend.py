@@ -29,7 +29,9 @@ def _rule(draft: Draft, claimed: Claimed) -> tuple[int, int] | None:
     repeated = claims.repeated_grant(record, cast("Any", claimed))
     if repeated is not None:
         return cast("tuple[int, int]", repeated)
-    if claims.claim_refusal(record, cast("Any", claimed), MOST_ABORTED) is not None:
+    why = claims.claim_refusal(record, cast("Any", claimed), MOST_ABORTED)
+    if why is not None:
+        assert not (draft.smooth and why == "length"), "a move fails for no other reason than that its source went on"
         return None
     taken = raise_generation(front)
     reply = (taken.generation, taken.accepted)

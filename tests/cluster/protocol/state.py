@@ -114,12 +114,14 @@ class State(NamedTuple):
     left: Left
     excused: bool = False
     """Something happened that may cost the owner its copy."""
+    smooth: bool = True
+    """Nothing has gone wrong so far, and no timer has fired early."""
 
 
 class Draft:
     """A state being changed."""
 
-    __slots__ = ("cut", "excused", "front", "ins", "left", "net", "outs", "past", "workers")
+    __slots__ = ("cut", "excused", "front", "ins", "left", "net", "outs", "past", "smooth", "workers")
 
     def __init__(self, state: State) -> None:
         self.front = state.front
@@ -131,6 +133,7 @@ class Draft:
         self.cut = state.cut
         self.left = state.left
         self.excused = state.excused
+        self.smooth = state.smooth
 
     def freeze(self) -> State:
         """Return the state."""
@@ -144,6 +147,7 @@ class Draft:
             self.cut,
             self.left,
             self.excused,
+            self.smooth,
         )
 
     def send(self, *message: Any) -> None:

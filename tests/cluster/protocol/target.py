@@ -8,7 +8,7 @@ from tests.cluster.protocol.state import FRONTEND, Draft, Ids, In, Run
 HELD = {TargetPhase.OFFERING, TargetPhase.RESERVED, TargetPhase.JOINING}
 
 
-def reserve(draft: Draft, migration: int, source: int, worker: int, generation: int, ids: Ids) -> None:
+def reserve(draft: Draft, migration: int, source: int, worker: int, *, generation: int, ids: Ids) -> None:
     """A source asks for room."""
     move = draft.ins[migration]
     if move is not None:

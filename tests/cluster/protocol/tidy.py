@@ -20,15 +20,19 @@ def tidy(draft: Draft) -> None:
         draft.front = _OVER
     draft.net = {message for message in draft.net if _matters(draft, message)}
     for migration, past in enumerate(draft.past):
-        if past not in {"", "over"} and draft.outs[migration] is None and draft.ins[migration] is None:
-            if not any(len(m) > 3 and m[3] == migration and m[0] in _ABOUT_MOVES for m in draft.net):
-                draft.past[migration] = "over"
+        moving = draft.outs[migration] is not None or draft.ins[migration] is not None
+        if past not in {"", "over"} and not moving and not _spoken_of(draft, migration):
+            draft.past[migration] = "over"
+
+
+def _spoken_of(draft: Draft, migration: int) -> bool:
+    return any(len(m) > 3 and m[3] == migration and m[0] in _ABOUT_MOVES for m in draft.net)
 
 
 _ABOUT_MOVES = {"reserve", "commit", "release", "round", "claim", "abort", "granted", "refused", *_QUESTIONS}
 
 
-def _matters(draft: Draft, message: Message) -> bool:
+def _matters(draft: Draft, message: Message) -> bool:  # noqa: PLR0911 - one for each kind
     kind, _, receiver, *rest = message
     front = draft.front
     match kind:

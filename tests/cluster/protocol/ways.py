@@ -31,6 +31,7 @@ def ways(state: State) -> Iterator[Way]:
             target.notice(draft, migration)
             source.notice(draft, migration)
             target.proceed(draft, migration)
+        draft.smooth &= kind is Kind.GOOD or what.endswith("is ordered")
         tidy(draft)
         yield what, kind, draft.freeze()
 
@@ -108,10 +109,10 @@ def _to_frontend(draft: Draft, kind: str, sender: int, rest: list[object]) -> No
             raise AssertionError(f"{kind} {rest} is nothing for a frontend")
 
 
-def _to_worker(draft: Draft, kind: str, sender: int, worker: int, rest: list[object]) -> None:  # noqa: C901, PLR0912
+def _to_worker(draft: Draft, kind: str, sender: int, worker: int, rest: list[object]) -> None:  # noqa: PLR0912
     match kind, rest:
         case "reserve", [int(migration), int(generation), tuple(ids)]:
-            target.reserve(draft, migration, sender, worker, generation, ids)
+            target.reserve(draft, migration, sender, worker, generation=generation, ids=ids)
         case "commit", [int(migration), tuple(ids)]:
             target.commit(draft, migration, sender, worker, ids)
         case "release", [int(migration)]:
@@ -207,13 +208,13 @@ def _placing(state: State, good: Kind) -> Iterator[_Step]:
         frontend.leave(draft)
         yield "the client leaves", Kind.EARLY, draft
     lost = not holds(state)
-    if lost or (state.left.suspicions and state.left.faults):
+    if lost or state.left.suspicions:
         for number in candidates(state):
             # Whoever is cut off does not answer: it gets nothing before the cut is mended.
             if state.workers[number].alive and state.cut != {number, FRONTEND}:
                 draft = Draft(state)
                 if not lost:
-                    draft.spend(suspicions=1, faults=1)
+                    draft.spend(suspicions=1)
                     draft.excused = True
                 frontend.submit_again(draft, number)
                 yield f"submitted again, to {number}", good if lost else Kind.FAULT, draft
@@ -407,4 +408,3 @@ def _cut_off(state: State, pair: frozenset[int]) -> Draft:
         if pair == _ends(out, move):
             fail_link(draft, migration)
     return draft
-

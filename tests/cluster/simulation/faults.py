@@ -172,7 +172,7 @@ def draw_faults(chance: Chance, nodes: list[str], horizon_us: int) -> list[Fault
     return sorted(faults, key=lambda fault: fault.at_us)
 
 
-def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fault:
+def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fault:  # noqa: PLR0911 - one for each kind
     def between(low: int, high: int, what: str) -> int:
         return chance.between(low, high, "fault", number, what)
 

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.commands import AskFrontend, AskPeer, CloseLink, OfferKv, PublishEvent, Reply
+from mell_gpu_worker.core.commands import (
+    AskFrontend,
+    AskPeer,
+    CloseLink,
+    OfferKv,
+    OpenLink,
+    PublishEvent,
+    Reply,
+    SendBlocks,
+)
 from mell_gpu_worker.core.events import (
     AskFailure,
     CommandReceived,
@@ -12,6 +21,7 @@ from mell_gpu_worker.core.events import (
     FrontendUnanswered,
     KvOffered,
     LinkClosed,
+    LinkOpened,
     PeerAnswered,
     PeerUnanswered,
     RoundArrived,
@@ -338,6 +348,16 @@ def test_a_commit_waits_for_the_last_round_and_for_nothing_else() -> None:
     assert target.step.rows[0].start == 16
 
 
+def test_kv_is_valid_as_far_as_its_source_had_computed() -> None:
+    """The last block sent may be full of anything beyond: moved in mid-prompt, the rest is computed here."""
+    target = world()
+    held(target)
+    target.tell(RoundArrived("m1", (0, 1, 2, 3)))
+    target.tell(CommandReceived(commit(computed_tokens=14), "commit"))
+    assert target.step is not None
+    assert [(row.start, row.count) for row in target.step.rows] == [(14, 3)]
+
+
 def test_a_commit_waits_for_the_step_under_way() -> None:
     """While the target prefills for it, its blocks are being written: it runs from the next step on."""
     target = world(max_step_tokens=8)
@@ -539,6 +559,26 @@ def test_only_the_answer_to_the_open_question_counts() -> None:
     assert isinstance(asked_of_peer(source)[-1].message, CommitMigration)
 
 
+def test_a_target_that_does_not_get_on_is_told_to_stop_and_sent_the_rest() -> None:
+    """After a few answers without progress it prefills no further; what it has by then is not sent."""
+    source = world()
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="there", secret=b"s", size_bytes=99, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    goals = []
+    for computed in (4, 4, 4, 4, 4, 5):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        goals.append(question.prefill_tokens)
+        told = source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=computed)))
+    assert goals == [10, 10, 10, 10, 10, 0]
+    assert only(OpenLink, told) == [OpenLink("m1", "there", b"s", 99, MoveLimits().link_us)]
+    (send,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
+    assert [slot for slot, _ in send.blocks] == [1, 2]
+
+
 @pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
 def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFailure) -> None:
     """It is told to release it; the sequence never stopped."""
@@ -604,7 +644,10 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     cluster.close("a")
     del cluster.readers["a"]
     cluster.finish()
-    assert not any(isinstance(e, SequenceFinished) and e.reason != "cancelled" for e in cluster.events)
+    ends = [event for event in cluster.events if isinstance(event, SequenceFinished)]
+    assert all(end.reason == "cancelled" for end in ends)
+    if moment in {"CommitMigration", "Claim"}:
+        assert not any(end.worker == "w1" for end in ends), "it might have been granted: not its source's to tell"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import pytest
 from .cluster import ALL_MODES, Cluster
 from .network import Verdict, disturb, undisturbed
 
+# A thousand runs of what other tests visit once: tracing them would only cost time.
+pytestmark = pytest.mark.no_cover
+
 DISTURBANCES: tuple[Verdict, ...] = (
     "lose",
     "repeat",
