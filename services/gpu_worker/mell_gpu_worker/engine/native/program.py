@@ -23,6 +23,7 @@ class NativeProgram:
     """A model's packed weights, described for the C++ step; the model's own modules are empty while it lives."""
 
     def __init__(self, model: Any, kinds: Sequence[AttentionKind]) -> None:
+        _let_go_of_files(model)
         self._weights = PackedWeights()
         self._kept_alive: list[Any] = [model]
         inner = model.model
@@ -80,6 +81,13 @@ class NativeProgram:
         assert weight.is_contiguous()
         self._kept_alive.append(weight)
         return int(weight.data_ptr())
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copy the small tensors: one that still lies in a mapped weight file would keep all of it mapped."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.clone()
 
 
 def require_native(model: Any, shape: KvShape, device: torch.device, kinds: Sequence[AttentionKind]) -> None:
