@@ -167,6 +167,28 @@ def test_a_story_is_told_line_by_line() -> None:
     assert "s.0.1: waiting for 3.0 s, 4 of m before it" in lines
 
 
+def test_reasons_are_shown_as_they_are() -> None:
+    """What looks like Rich's markup in somebody's message is neither swallowed nor the end of the command."""
+    why = "an answer that makes no sense: [type=missing] [/x]"
+    failed = MOVE.model_copy(update={"outcome": "failed", "why": why})
+    result = MoveResult(sequence="s.0.0", state="failed", reason="unsupported", message=f"s.0.0: {why}", move=failed)
+    happening = Happening(what="stayed", ago_s=1, worker="w1-x", generation=1, why=why, move=failed)
+    story = Story(sequence="s.0.0", state="over", happenings=(happening,))
+    plan = DrainReply(
+        worker="w1-x", name="w1", draining=True, sequences=(DrainRow(sequence="s.0.0", blocks=2, why=why),)
+    )
+    status = worker("active", 1).model_copy(update={"recent_moves": (failed,)})
+    for command, answer in (
+        (("migrate", "s", "--to", "w2"), MigrateReply(target="w2-x", moves=(result,))),
+        (("explain", "s"), Explanation(stories=(story,))),
+        (("drain", "w1"), plan),
+        (("status",), status),
+    ):
+        with answering(200, *said(answer)) as (url, _):
+            _, text, _ = mell(*command, "--url", url)
+        assert why in text, command
+
+
 def test_moves_are_paused_and_resumed() -> None:
     """Each says what that means."""
     with answering(200, *said(MovingReply(paused=True), MovingReply(paused=False))) as (url, seen):
