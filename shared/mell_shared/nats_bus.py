@@ -42,6 +42,7 @@ _MAX_UNSENT_BYTES = 32 * 2**20
 _MAX_BURST_MESSAGES = 65_536
 """nats-py's own queue, emptied into ours after each read from the socket; ours is the one that bounds."""
 _CLOSE_TIMEOUT_S = 2.0
+_CANCEL_AGAIN_S = 0.05
 _FORBIDDEN = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 
 
@@ -105,8 +106,8 @@ class NatsBus:
         nkey = access.nkey_seed()
         bus, opened = cls(url), False
         try:
-            async with asyncio.timeout(timeout_s):
-                await bus._open({"name": name, "tls": tls, "nkeys_seed_str": nkey, "inbox_prefix": access.inbox_prefix})
+            own = {"name": name, "tls": tls, "nkeys_seed_str": nkey, "inbox_prefix": access.inbox_prefix}
+            await _end_within(asyncio.ensure_future(bus._open(own)), timeout_s)
             opened = True
         except (TimeoutError, Error) as error:
             raise BrokerUnreachableError(_unreachable(url, bus._client.last_error)) from error
@@ -321,3 +322,20 @@ def _unreachable(url: str, reason: BaseException | None) -> str:
         f"cannot use the message broker at {_without_password(url)} ({told}); "
         "start nats-server there or set MELL_NATS_URL (--nats-url)"
     )
+
+
+async def _end_within(opening: "asyncio.Future[None]", timeout_s: float) -> None:
+    """Wait for `opening`; past the time, or when cancelled, cancel it until it has ended, and raise `TimeoutError`.
+
+    Once is not enough: nats-py waits by `asyncio.wait_for`, which loses a cancellation that comes just as what it
+    waits for is done, and then it would try again for ever.
+    """
+    try:
+        await asyncio.wait({opening}, timeout=timeout_s)
+    finally:
+        while not opening.done():
+            opening.cancel()
+            await asyncio.wait({opening}, timeout=_CANCEL_AGAIN_S)
+    if opening.cancelled():
+        raise TimeoutError
+    opening.result()

@@ -11,7 +11,6 @@ from tests.gpu_worker.engine.families import FAMILIES, WINDOW, make_config
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": ({"model_type": "falcon"}, "_supports_attention_backend"),
-    "gptj": ({"model_type": "gptj"}, "_supports_attention_backend"),
     "bloom": ({"model_type": "bloom"}, "_supports_attention_backend"),
     "mpt": ({"model_type": "mpt"}, "_supports_attention_backend"),
     "t5": ({"model_type": "t5"}, "encoder-decoder"),
