@@ -53,12 +53,12 @@ async def test_a_wrong_password_is_told(nats_server: NatsServer) -> None:
 async def test_a_cancellation_that_is_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connecting ends in time though the client swallows a cancellation, as nats-py does at an unlucky moment."""
 
-    async def connect(_client: object, *_arguments: object, **_options: object) -> None:
+    async def select(_client: object) -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("mell_shared.nats_bus._Client.connect", connect)
+    monkeypatch.setattr("mell_shared.nats_bus._Client._select_next_server", select)
     with pytest.raises(BrokerUnreachableError, match="no answer"):
         await NatsBus.connect("nats://127.0.0.1:4222", timeout_s=0.01)
 
