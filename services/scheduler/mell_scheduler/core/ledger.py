@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from mell_scheduler.core.history import Chronicle, History, Page, What
-from mell_scheduler.core.records import Migration, ModelRecord, SequenceRecord, WorkerRecord
+from mell_scheduler.core.records import Horizon, Migration, ModelRecord, SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings, MigrationSettled, Outcome
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
 from mell_shared.messages.scheduler import MigrationCommitted, PlaceRequest, SequenceFinished, WorkerSpec
@@ -36,6 +36,10 @@ class Ledger:
         self.history = History(settings.remembered_sequences)
         self.now_us = 0
         """The time of the event that is being taken."""
+        self.plan_us = 0
+        """When moves are planned next."""
+        self._move_us = 0
+        """What moves took lately."""
 
     # --- workers
 
@@ -86,6 +90,15 @@ class Ledger:
     def model_of(self, worker: WorkerRecord) -> ModelRecord:
         """The model that a worker serves."""
         return self.models[worker.spec.model]
+
+    def horizon(self, worker: WorkerRecord) -> Horizon:
+        """How far ahead a worker's sizes reported now are predicted: see `Horizon`."""
+        settings = self._settings
+        interval_us = ahead_us = settings.report_interval_us
+        if worker.modes:
+            until_plan_us = min(max(0, self.plan_us - self.now_us), interval_us)  # by then it reports again
+            ahead_us = until_plan_us + settings.epoch_us + self._move_us
+        return Horizon(ahead_us, interval_us, settings.growth_limit_tokens)
 
     def free_blocks(self, worker: WorkerRecord) -> int:
         """What the policy may still give away there; negative when growth is predicted to overload it."""
@@ -151,6 +164,8 @@ class Ledger:
         assert migration is not None, "it moves"
         del self.moving[record.sequence]
         settled = migration.settled(outcome, reason, self.now_us, told)
+        if outcome == "committed":
+            self._move_us = (7 * self._move_us + min(settled.took_us, self._settings.epoch_us)) // 8
         self.settled.append(settled)
         what: What = "moved" if outcome == "committed" else "stayed"
         chronicle = self._note(record, what, reason, migration=migration.migration, settled=settled)
