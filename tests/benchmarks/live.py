@@ -79,7 +79,7 @@ class LiveRun:
 
     def replayed(self) -> list[tuple[str, dict[str, Any]]]:
         """Placements and moves that the core decides when it is given the log's events again; as `logged`."""
-        return [told for _, _, commands in self.journal for c in commands if (told := _told(c)) is not None]
+        return [found for _, _, commands in self.journal for c in commands if (found := told(c)) is not None]
 
     def series(self, until_s: float) -> Series:
         """The run sampled each epoch, as the simulator samples its own."""
@@ -174,8 +174,8 @@ _PLACED, _MOVE, _SETTLED = "decision", "migration", "migration_settled"
 _NOT_OF_THE_COMMAND = {"event", "level", "timestamp", "service", "process", "cause"}
 
 
-def _told(command: Command) -> tuple[str, dict[str, Any]] | None:
-    """A command by the fields that the scheduler logs of it."""
+def told(command: object) -> tuple[str, dict[str, Any]] | None:
+    """Return a placement or move by the fields that the scheduler logs of it; None for other commands."""
     match command:
         case Reply():
             return _PLACED, {"sequence": command.sequence, **command.reply.model_dump(mode="json", exclude_none=True)}

@@ -81,6 +81,7 @@ class SchedulerSettings(ServiceSettings):
         """Return what the core needs to know."""
         return CoreSettings(
             report_interval_us=_us(self.report_interval_s),
+            report_late_us=_us(self.report_interval_s) // 5,
             submit_timeout_us=_us(self.submit_timeout_s),
             worker_lost_us=_us(self.worker_lost_s),
             worker_grace_us=_us(self.worker_grace_s),

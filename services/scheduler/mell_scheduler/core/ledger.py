@@ -38,8 +38,8 @@ class Ledger:
         """The time of the event that is being taken."""
         self.plan_us = 0
         """When moves are planned next."""
-        self._move_us = 0
-        """What moves took lately."""
+        self._move_us: int | None = None
+        """What moves took lately; None: none was made."""
 
     # --- workers
 
@@ -96,9 +96,16 @@ class Ledger:
         settings = self._settings
         interval_us = ahead_us = settings.report_interval_us
         if worker.modes:
-            until_plan_us = min(max(0, self.plan_us - self.now_us), interval_us)  # by then it reports again
-            ahead_us = until_plan_us + settings.epoch_us + self._move_us
+            ahead_us = self._last_plan_us(interval_us) + settings.epoch_us + (self._move_us or 0)
         return Horizon(ahead_us, interval_us, settings.growth_limit_tokens)
+
+    def _last_plan_us(self, interval_us: int) -> int:
+        """From now until the last plan that this report may be used for: the next one comes, late, only after that."""
+        next_us = max(0, self.plan_us - self.now_us)
+        left_us = interval_us + self._settings.report_late_us - next_us
+        epoch_us = self._settings.epoch_us
+        # At the very moment of a plan the report comes first.
+        return next_us + (left_us - 1) // epoch_us * epoch_us if left_us > 0 else interval_us
 
     def free_blocks(self, worker: WorkerRecord) -> int:
         """What the policy may still give away there; negative when growth is predicted to overload it."""
@@ -165,7 +172,8 @@ class Ledger:
         del self.moving[record.sequence]
         settled = migration.settled(outcome, reason, self.now_us, told)
         if outcome == "committed":
-            self._move_us = (7 * self._move_us + min(settled.took_us, self._settings.epoch_us)) // 8
+            took_us = min(settled.took_us, self._settings.epoch_us)
+            self._move_us = took_us if self._move_us is None else (7 * self._move_us + took_us) // 8
         self.settled.append(settled)
         what: What = "moved" if outcome == "committed" else "stayed"
         chronicle = self._note(record, what, reason, migration=migration.migration, settled=settled)
