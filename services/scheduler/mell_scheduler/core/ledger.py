@@ -96,7 +96,8 @@ class Ledger:
         settings = self._settings
         interval_us = ahead_us = settings.report_interval_us
         if worker.modes:
-            ahead_us = self._last_plan_us(interval_us) + settings.epoch_us + (self._move_us or 0)
+            late_us = (self._move_us or 0) + settings.plan_late_us
+            ahead_us = self._last_plan_us(interval_us) + settings.epoch_us + late_us
         return Horizon(ahead_us, interval_us, settings.growth_limit_tokens)
 
     def _last_plan_us(self, interval_us: int) -> int:
