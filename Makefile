@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: venv up test check format docs bench bench-gpu docker-test gpu-test clean
+# How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
+MINUTES ?= 30
+
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -24,6 +27,10 @@ up: venv
 test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),--cov)
 
+soak: venv
+	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
+	$(BIN)/python -m tests.cluster.protocol --minutes $(MINUTES)
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,6 +49,14 @@ bench: venv
 
 bench-gpu: venv
 	$(BIN)/python -m pytest -m "benchmark and gpu" -s $(ARGS) tests/benchmarks
+
+# FACTOR times as many inputs as within `make test`; prints how many were tried of what.
+FACTOR ?= 100
+fuzz: venv
+	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest --timeout 0 $(ARGS) tests/fuzz
+
+soak-overload: venv
+	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -18,7 +19,26 @@ wait_politely()
 settings.register_profile("mell", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mell")
 
+_MEASURED = (
+    "frontend/stream/",
+    "frontend/test_rate_limits",
+    "gpu_worker/core/",
+    "scheduler/policy/",
+    "scheduler/test_core_",
+    "scheduler/test_journal",
+)
+"""Whose tests are held to the coverage of the pure packages."""
+
 BusFactory = Callable[[], Awaitable[NatsBus]]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure coverage by the pure packages' own tests that draw no examples: tracing makes a test twice as slow."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if item.get_closest_marker("hypothesis") or not path.startswith(_MEASURED):
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(scope="session")

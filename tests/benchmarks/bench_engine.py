@@ -1,12 +1,14 @@
-"""The bare engine loop against transformers' `generate`, interleaved round by round in one process.
+"""The bare engine loop against transformers' `generate` and a floor, interleaved round by round in one process.
 
 For each batch and context: tokens/s of both, the median of the rounds' ratios and their range. A ratio whose range
-spans its target shows nothing. Each round also tells how fast memory can be read just then.
+spans its target shows nothing. The floor of a step is the longer of two times: that of reading weights and KV at the
+bandwidth, that of the operations at the rate, both measured in the same round with the engine's threads.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,12 +21,17 @@ from mell_gpu_worker.engine.torch_engine import TorchEngine, load_torch_engine
 from mell_gpu_worker.model_store import pull
 from mell_shared.messages.sampling import SamplingParams
 from mell_shared.models import default_model_dir
-from tests.benchmarks.figures import memory_read_gb_per_s, print_table, spread
+from tests.benchmarks.figures import print_table, size, spread, verdict
 
-ROUNDS = 5
+ROUNDS = size("ROUNDS", 5)
+THREADS = size("THREADS", 0)
 NEW_TOKENS = 12
 PREFILL = 512
 GREEDY = SamplingParams(temperature=0, seed=0, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=0, ignore_eos=True)
+
+
+DECODE_TARGETS = {1: 1.3, 8: 1.5, 32: 1.3}
 
 
 @dataclass
@@ -34,16 +41,59 @@ class Setup:
     engine: TorchEngine
     model: Any
     vocab: int
+    weights: int
+
+
+@dataclass
+class Took:
+    """Seconds of one run: wall, and CPU of all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@contextmanager
+def _timed(times: list[Took]) -> Iterator[None]:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    times.append(Took(time.perf_counter() - wall_s, time.process_time() - cpu_s))
+
+
+@dataclass
+class Machine:
+    """What the machine did in one round."""
+
+    bytes_per_s: float
+    operations_per_s: float
+
+    def floor_s(self, moved_bytes: float, operations: float) -> float:
+        """Return the least time for so much."""
+        return max(moved_bytes / self.bytes_per_s, operations / self.operations_per_s)
+
+
+def _measure_machine(data: torch.Tensor) -> Machine:
+    """Read memory that no cache holds; multiply matrices that all caches hold."""
+    began = time.perf_counter()
+    data.sum()
+    read_s = time.perf_counter() - began
+    square = torch.ones(768, 768)
+    began = time.perf_counter()
+    for _ in range(4):
+        square @ square
+    return Machine(data.nbytes / read_s, 4 * 2 * 768**3 / (time.perf_counter() - began))
 
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
     """Load the default model twice."""
     folder = pull("smollm2-135m", default_model_dir(), lambda _stage, _fraction: None)
-    options = EngineOptions(engine="torch", model="smollm2-135m", model_dir=default_model_dir(), kv_blocks=1200)
+    options = EngineOptions(
+        engine="torch", model="smollm2-135m", model_dir=default_model_dir(), kv_blocks=1200, threads=THREADS
+    )
     engine = load_torch_engine(options)
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
-    return Setup(engine, load(folder, dtype=torch.float32), engine.spec.vocab_size)
+    model = load(folder, dtype=torch.float32)
+    return Setup(engine, model, engine.spec.vocab_size, sum(p.numel() for p in model.parameters()))
 
 
 def _prompts(batch: int, tokens: int, vocab: int) -> list[list[int]]:
@@ -60,27 +110,21 @@ def _rows(sequences: list[list[int]], prompt: int, start: int) -> list[StepRow]:
     ]
 
 
-def _engine_decode_s(setup: Setup, prompts: list[list[int]]) -> float:
-    """Time decode steps; whatever keys the pool holds cost the same to read, so nothing is prefilled."""
+def _decode_ours(setup: Setup, prompts: list[list[int]]) -> None:
+    """Run decode steps; whatever keys the pool holds cost the same to read, so nothing is prefilled."""
     sequences = [list(ids) for ids in prompts]
-    began = time.perf_counter()
     for _ in range(NEW_TOKENS):
         result = setup.engine.execute(_rows(sequences, len(prompts[0]), len(sequences[0]) - 1))
         for ids, sampled in zip(sequences, result.sampled, strict=True):
             ids.append(sampled.token_id if sampled else 0)
-    return time.perf_counter() - began
 
 
-def _generate_decode_s(setup: Setup, prompts: list[list[int]], cache: DynamicCache) -> float:
-    """Time `generate` going on from a cache that holds all but the last token; the cache is cut back after."""
+def _decode_theirs(setup: Setup, prompts: list[list[int]], cache: DynamicCache) -> None:
+    """Let `generate` go on from a cache that holds all but the last token."""
     ids = torch.tensor(prompts)
     arguments = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2}
-    began = time.perf_counter()
     with torch.inference_mode():
         setup.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **arguments)
-    took_s = time.perf_counter() - began
-    cache.crop(len(prompts[0]) - 1 - cache.get_seq_length())
-    return took_s
 
 
 def _random_cache(setup: Setup, batch: int, tokens: int) -> DynamicCache:
@@ -93,50 +137,115 @@ def _random_cache(setup: Setup, batch: int, tokens: int) -> DynamicCache:
     return cache
 
 
-def _row(name: str, tokens: int, ours: list[float], theirs: list[float], memory: list[float]) -> list[str]:
-    """Return a table's row from the seconds that both took for so many tokens in each round."""
-    rates = [[tokens / time_s for time_s in times] for times in (ours, theirs)]
-    ratios = [our / their for our, their in zip(*rates, strict=True)]
-    return [name, *(spread(rate) for rate in rates), spread(ratios, 2), spread(memory, 1)]
+@dataclass
+class Rounds:
+    """All rounds of one line of the table."""
+
+    name: str
+    tokens: int
+    target: float
+    ours: list[Took] = field(default_factory=list)
+    theirs: list[Took] = field(default_factory=list)
+    floors_s: list[float] = field(default_factory=list)
+
+    def line(self) -> list[str]:
+        """Return a table's row."""
+        ratios = [their.wall_s / our.wall_s for our, their in zip(self.ours, self.theirs, strict=True)]
+        cpu = [their.cpu_s / our.cpu_s for our, their in zip(self.ours, self.theirs, strict=True)]
+        shares = [floor_s / our.wall_s for our, floor_s in zip(self.ours, self.floors_s, strict=True)]
+        return [
+            self.name,
+            spread([self.tokens / floor_s for floor_s in self.floors_s]),
+            spread([self.tokens / our.wall_s for our in self.ours]),
+            spread([self.tokens / their.wall_s for their in self.theirs]),
+            f"{spread(ratios, 2)}; {verdict(ratios, self.target)}",
+            spread(cpu, 2),
+            spread(shares, 2),
+        ]
 
 
-def _tell(rows: list[list[str]]) -> None:
-    head = ("what", "engine, tokens/s", "transformers, tokens/s", "ratio", "memory read, GB/s")
-    print_table(f"Engine on the default model, {ROUNDS} rounds", head, rows)
+def _tell(rounds: list[Rounds]) -> None:
+    head = (
+        "what",
+        "floor, tok/s",
+        "ours, tok/s",
+        "transformers, tok/s",
+        "ours / transformers",
+        "in CPU time",
+        "share of floor",
+    )
+    title = f"Engine on the default model, float32, {torch.get_num_threads()} threads, {ROUNDS} rounds in turn"
+    print_table(title, head, [each.line() for each in rounds])
 
 
 @pytest.mark.benchmark
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 def test_decode(setup: Setup) -> None:
     """Decode tokens/s of full batches, each at one context."""
     _tell([_decode(setup, batch, context) for batch in (1, 8, 32) for context in (64, 500)])
 
 
-def _decode(setup: Setup, batch: int, context: int) -> list[str]:
+def _decode(setup: Setup, batch: int, context: int) -> Rounds:
     prompts = _prompts(batch, context, setup.vocab)
     cache = _random_cache(setup, batch, context - 1)
     setup.engine.pool.data[:-1].normal_()
-    ours, theirs, memory = [], [], []
+    data = torch.ones(setup.weights)
+    kv_bytes = batch * context * setup.engine.spec.block_bytes / setup.engine.spec.block_tokens
+    rounds = Rounds(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, DECODE_TARGETS[batch])
     for _ in range(ROUNDS):
-        memory.append(memory_read_gb_per_s())
-        ours.append(_engine_decode_s(setup, prompts))
-        theirs.append(_generate_decode_s(setup, prompts, cache))
-    return _row(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, ours, theirs, memory)
+        machine = _measure_machine(data)
+        rounds.floors_s.append(NEW_TOKENS * machine.floor_s(data.nbytes + kv_bytes, 2 * setup.weights * batch))
+        with _timed(rounds.ours):
+            _decode_ours(setup, prompts)
+        with _timed(rounds.theirs):
+            _decode_theirs(setup, prompts, cache)
+        cache.crop(context - 1 - cache.get_seq_length())
+    return rounds
 
 
 @pytest.mark.benchmark
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_prefill(setup: Setup) -> None:
     """Prefill tokens/s of one prompt in one step, against a forward pass of the model's own."""
     prompt = _prompts(1, PREFILL, setup.vocab)
-    ours, theirs, memory = [], [], []
+    data = torch.ones(setup.weights)
+    operations = 2 * PREFILL * (setup.weights - setup.vocab * setup.model.config.hidden_size)
+    rounds = Rounds(f"prefill of {PREFILL} tokens", PREFILL, 1.0)
     for _ in range(ROUNDS):
-        memory.append(memory_read_gb_per_s())
-        began = time.perf_counter()
-        setup.engine.execute(_rows(prompt, PREFILL, 0))
-        ours.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        with torch.inference_mode():
+        rounds.floors_s.append(_measure_machine(data).floor_s(data.nbytes, operations))
+        with _timed(rounds.ours):
+            setup.engine.execute(_rows(prompt, PREFILL, 0))
+        with _timed(rounds.theirs), torch.inference_mode():
             setup.model(torch.tensor(prompt), logits_to_keep=1)
-        theirs.append(time.perf_counter() - began)
-    _tell([_row(f"prefill of {PREFILL} tokens", PREFILL, ours, theirs, memory)])
+    _tell([rounds])
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(600)
+def test_outside_the_model(setup: Setup) -> None:
+    """Share of a step of 32 rows that is not spent computing logits: laying out, sampling."""
+    runner: Any = setup.engine._open().runner
+    run, inside = runner.run, list[Took]()
+
+    def timed(*arguments: Any) -> torch.Tensor:
+        with _timed(inside):
+            logits: torch.Tensor = run(*arguments)
+        return logits
+
+    runner.run = timed
+    lines = []
+    for name, sampling in (("greedy", GREEDY), ("temperature 0.8, top_p 0.95", DRAWN)):
+        inside.clear()
+        steps: list[Took] = []
+        prompts = _prompts(32, 500, setup.vocab)
+        for _ in range(4 * ROUNDS):
+            rows = [replace(row, sampling=sampling) for row in _rows(prompts, 500, 499)]
+            with _timed(steps):
+                setup.engine.execute(rows)
+        shares = [1 - model.cpu_s / step.cpu_s for model, step in zip(inside, steps, strict=True)]
+        lines.append(
+            [name, spread([1e3 * step.cpu_s for step in steps], 1), spread([100 * each for each in shares], 1)]
+        )
+    runner.run = run
+    print_table("A step of 32 rows at context 500", ("sampling", "CPU ms", "outside the model, % of CPU time"), lines)

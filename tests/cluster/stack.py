@@ -41,6 +41,7 @@ class Service:
     """One process of Mell, with its log."""
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self.module = module
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(

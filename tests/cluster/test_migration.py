@@ -91,29 +91,31 @@ def test_a_streamed_chat_is_moved_in_every_mode(stack: Stack, client: httpx.Clie
 
 def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: httpx.Client, story: str) -> None:
     """Rubbish at the data port is turned away; a target that stands still is given up, and the stream goes on."""
-    here = stack.start_worker("here", "--transport", "tcp", "--move-timeout-s", "2", *FLAGS, step_us=15_000)
-    here.ready()
+    flags = ("--transport", "tcp", "--move-timeout-s", "2", *FLAGS)
+    workers = {name: stack.start_worker(name, *flags, step_us=25_000) for name in ("one", "two")}
+    for worker in workers.values():
+        worker.ready()
     chat = StreamedChat(client, TOKENS)
     chat.read(5)
-    there = stack.start_worker("there", "--transport", "tcp", *FLAGS, step_us=15_000)
-    there.ready()
 
-    async def disturb() -> MigrationCommitted | MigrationFailed:
+    async def disturb() -> tuple[Service, MigrationCommitted | MigrationFailed]:
         async with mover(stack.broker.url) as moves:
-            with socket.create_connection(data_port(there), timeout=5) as stranger:
+            source, *_ = await moves.holder()
+            here, there = ("one", "two") if source.startswith("one-") else ("two", "one")
+            with socket.create_connection(data_port(workers[there]), timeout=5) as stranger:
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 20)
-                moved = await moves.move("there")
+                moved = await moves.move(there)
             assert isinstance(moved, MigrationCommitted), moved
-            here.process.send_signal(signal.SIGSTOP)
-            failed = await moves.move("here")
-            here.process.send_signal(signal.SIGCONT)
-            return failed
+            workers[here].process.send_signal(signal.SIGSTOP)
+            failed = await moves.move(here)
+            workers[here].process.send_signal(signal.SIGCONT)
+            return workers[there], failed
 
-    failed = asyncio.run(disturb())
+    visited, failed = asyncio.run(disturb())
     assert isinstance(failed, MigrationFailed)
     assert failed.reason in {"timeout", "unreachable"}
     assert chat.read() == story
-    assert there.events("transport_stranger_turned_away") or there.events("transport_refused")
-    for worker in (here, there):
+    assert visited.events("transport_stranger_turned_away") or visited.events("transport_refused")
+    for worker in workers.values():
         worker.ask_to_stop()
         assert worker.exit_code() == 0

@@ -56,6 +56,12 @@ def test_the_shipped_configuration_is_one() -> None:
     assert subprocess.run(check, env={}, capture_output=True, check=False, timeout=30).returncode != 0
 
 
+def test_the_monitor_is_for_the_health_check_in_the_container_only() -> None:
+    """It asks nobody who they are, so no other container may reach it."""
+    listens = re.findall(r"^\s*https?(?:_port)?\s*[:=]\s*(.+)$", (SHIPPED / "nats.conf").read_text(), re.MULTILINE)
+    assert listens == ['"127.0.0.1:8222"']
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
     """A server with the shipped permissions."""

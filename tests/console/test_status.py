@@ -1,8 +1,4 @@
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -10,6 +6,7 @@ from typer.testing import CliRunner
 
 from mell_console.cli import app
 from mell_console.get import GetError, get_json
+from tests.console.answering import answering
 
 STATUS: dict[str, Any] = {
     "kind": "status_reply",
@@ -41,32 +38,6 @@ STATUS: dict[str, Any] = {
 }
 
 
-@contextmanager
-def answering(code: int, body: bytes) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Run a server that answers every GET so; give its URL and the requests it saw."""
-    seen: list[dict[str, str]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append({"path": self.path, **{name.lower(): value for name, value in self.headers.items()}})
-            self.send_response(code)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", seen
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def status(*arguments: str) -> tuple[int, str]:
     """Return the exit code and output of `mell status`."""
     result = CliRunner().invoke(app, ["status", *arguments])
@@ -76,10 +47,11 @@ def status(*arguments: str) -> tuple[int, str]:
 def test_workers_are_shown_by_name_with_what_they_hold() -> None:
     """The table has each worker's state, KV use and step time; the headline the scheduler's counts."""
     with answering(200, json.dumps(STATUS).encode()) as (url, seen):
-        code, text = status("--url", f"{url}/v1/", "--api-key", "k")
+        code, text = status("--url", f"{url}/v1/", "--admin-key", "k")
     assert code == 0
-    assert (seen[0]["path"], seen[0]["authorization"]) == ("/admin/status", "Bearer k")
-    headline, _, first, second = text.splitlines()
+    assert (seen[0]["path"], seen[0]["authorization"]) == ("/admin/status?sequences=false", "Bearer k")
+    headline, moves, _, first, second = text.splitlines()
+    assert moves == "moves: 0 under way, 0 made, 0 failed"
     assert headline == "scheduler-1 (best-fit) up 12 s: 7 placed, 1 queued, 2 rejected"
     assert " ".join(first.split()) == "worker-1-x m here cpu active 50/200 25% 3 1 12.3 ms 0.2 s"
     assert " ".join(second.split()) == "worker-2-x m here cpu silent 50/200 25% 3 1 0.2 s"
@@ -93,17 +65,51 @@ def test_nothing_is_cut_off_where_nobody_looks() -> None:
 
 
 def test_json_is_the_scheduler_s_own_answer() -> None:
-    """`--json` prints the message unchanged, for programs."""
+    """`--json` prints the message, complete, for programs."""
     with answering(200, json.dumps(STATUS).encode()) as (url, _):
         code, text = status("--url", url, "--json")
-    assert (code, json.loads(text)) == (0, STATUS)
+    assert code == 0
+    told = json.loads(text)
+    assert told.items() >= {key: value for key, value in STATUS.items() if key != "workers"}.items()
+    for worker, given in zip(told["workers"], STATUS["workers"], strict=True):
+        assert worker.items() >= given.items()
+
+
+def test_moves_reasons_and_requests_are_shown() -> None:
+    """Under way and over, why some failed, what is paused and wanted; with `--requests` each sequence."""
+    move = {"migration": "1-1", "sequence": "s.0.0", "source": "w1-x", "target": "w2-x", "mode": "kv", "blocks": 3}
+    moving = move | {"reason": "drain", "predicted_s": 0.5, "took_s": 0.25}
+    failed = move | {"reason": "manual", "outcome": "failed", "why": "no_room", "took_s": 1.5, "ago_s": 30.0}
+    sequence = {"sequence": "s.0.0", "request_id": "mine", "state": "moving", "worker": "w1-x", "target": "w2-x"}
+    more = {
+        "migrating": 1,
+        "migrated": 4,
+        "migrations_failed": 2,
+        "moves_paused": True,
+        "models": [{"model": "m", "gpus_wanted": 3}],
+        "failures": [{"reason": "no_room", "count": 2}],
+        "moves": [moving],
+        "recent_moves": [failed],
+        "sequences": [sequence | {"tokens": 77, "blocks": 5, "moves": 1}],
+        "sequences_left_out": 9,
+    }
+    with answering(200, json.dumps(STATUS | more).encode()) as (url, seen):
+        code, text = status("--url", url, "--requests")
+    assert (code, seen[0]["path"]) == (0, "/admin/status?sequences=true")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[1] == "moves: 1 under way, 4 made, 2 failed (no_room 2), paused; m wants 3 GPUs"
+    assert "moving s.0.0 w1-x w2-x kv drain 250 ms so far, predicted 500 ms" in lines
+    assert "failed: no_room s.0.0 w1-x w2-x kv manual 1.5 s 30.0 s" in lines
+    assert "s.0.0 mine moving w1-x -> w2-x 77 5 1" in lines
+    assert lines[-1] == "and 9 more"
 
 
 @pytest.mark.parametrize(
     ("code", "body", "words"),
     [
-        (503, b'{"error": {"message": "no scheduler answers"}}', "answers 503: no scheduler answers"),
+        (503, b'{"error": {"message": "no scheduler answers"}}', "mell: no scheduler answers"),
         (404, b"<html>", "answers 404: no message"),
+        (403, b'{"error": {"message": "This frontend has no admin key"}}', "MELL_ADMIN_KEY"),
         (200, b"<html>", "no JSON"),
         (200, b'{"kind": "other"}', "not as a Mell frontend does"),
     ],

@@ -166,7 +166,7 @@ async def test_the_stack_is_up_when_the_scheduler_knows_all_workers(monkeypatch:
         ]
     )
 
-    def get(*_: object) -> object:
+    def get(*_: object, **__: object) -> object:
         answer = next(answers)
         if isinstance(answer, GetError):
             raise answer
@@ -180,7 +180,7 @@ async def test_the_stack_is_up_when_the_scheduler_knows_all_workers(monkeypatch:
 
 async def test_services_that_never_meet_are_a_start_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is named when the time is up."""
-    monkeypatch.setattr(probe, "get_json", lambda *_: {"workers": []})
+    monkeypatch.setattr(probe, "get_json", lambda *_, **__: {"workers": []})
     monkeypatch.setattr(probe, "_POLL_S", 0.001)
     with pytest.raises(StartError, match="0 of 2 workers"):
         await probe.await_workers("http://x", "", 2, time.monotonic() + 0.02)

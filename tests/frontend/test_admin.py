@@ -235,6 +235,16 @@ async def test_a_move_is_followed_to_its_end(client: httpx.AsyncClient, gateway:
     assert others == [first] * 3
 
 
+async def test_a_wait_outlasts_a_change_of_leaders(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+    """What a new leader cannot say yet is no answer about a move under way; what it will not say ever is."""
+    changing = [AdminRefused(reason="not_leader", message="no"), AdminRefused(reason="not_ready", message="no")]
+    gateway.answers += [moves("moving"), *changing, moves("there")]
+    response = await client.post(MIGRATE, json={"to": "w2"})
+    assert (response.status_code, response.json()["moves"][0]["state"]) == (200, "there")
+    gateway.answers += [moves("moving"), AdminRefused(reason="over", message="it has ended")]
+    assert (await client.post(MIGRATE, json={"to": "w2"})).status_code == 410
+
+
 async def test_who_waits_no_longer_gets_it_as_it_stands(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     """202: begun, not over."""
     gateway.answers.append(moves("moving"))

@@ -96,6 +96,8 @@ def test_a_keys_file_names_keys_and_their_limits() -> None:
         (entry("a", "one") + entry("a", "two"), "'a' stands there twice"),
         (entry("a", "one") + entry("b", "one"), "stands there twice"),
         ("key = 1", "key: Extra"),
+        (f"key = {'9' * 5_000}", "no TOML"),
+        (f"key = {'[' * 5_000}", "no TOML"),
     ],
 )
 def test_what_is_wrong_with_a_keys_file_is_told(text: str, told: str) -> None:
@@ -144,6 +146,21 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     store.look()
     assert store.ring.find(bearer("two")) is None
     assert store.ring.find(bearer("fixed")) is not None
+
+
+def test_a_name_is_one_key_s_in_file_and_settings_together(tmp_path: Path) -> None:
+    """Keys of the settings are called key-1 and so on; one of the file with such a name would share its limits."""
+    path = tmp_path / "keys.toml"
+    path.write_text(entry("key-2", "two"))
+    store = KeyStore(["fixed"], path)
+    replace(path, entry("key-1", "one"))
+    with structlog.testing.capture_logs() as lines:
+        store.look()
+    assert "'key-1' belongs to a key of the settings" in lines[0]["why"]
+    assert store.ring is not None
+    assert store.ring.find(bearer("two")) is not None
+    with pytest.raises(KeysFileError, match="key-1"):
+        KeyStore(["fixed"], path)
 
 
 def test_without_any_key_left_nobody_may_ask(tmp_path: Path) -> None:

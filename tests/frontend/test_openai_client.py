@@ -24,10 +24,10 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-def make_server(app: App, head_timeout_s: float = 60.0) -> uvicorn.Server:
+def make_server(app: App, head_timeout_s: float = 60.0, connections: int = 100) -> uvicorn.Server:
     """Return a server of `app` that takes no signals and logs nothing."""
     config = uvicorn.Config(
-        app, http=bounded_protocol(2**17, head_timeout_s), log_config=None, ws="none", lifespan="off"
+        app, http=bounded_protocol(2**17, head_timeout_s, connections), log_config=None, ws="none", lifespan="off"
     )
     return uvicorn.Server(config)
 
@@ -230,3 +230,19 @@ async def test_a_head_that_does_not_come_is_not_waited_for(
         request = b"GET /health HTTP/1.1\r\nhost: x\r\n"
         answer = await exchange(url, (request + b"\r\n") * 2 + request + b"connection: close\r\n\r\n")
         assert answer.count(b"HTTP/1.1 200 ") == 3
+
+
+async def test_too_many_connections_are_turned_away(build_app: Callable[..., App], loopback: socket.socket) -> None:
+    """Beyond the bound a connection gets a 503 at once and is closed; when others have gone the next is served."""
+    async with serving(make_server(build_app(), connections=2), loopback) as url:
+        parts = httpx.URL(url)
+        idle = [await asyncio.open_connection(parts.host, parts.port) for _ in range(2)]
+        answer = await exchange(url, b"")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in answer
+        for _, writer in idle:
+            writer.close()
+        request = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        async with asyncio.timeout(10):
+            while not (await exchange(url, request)).startswith(b"HTTP/1.1 200 "):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)

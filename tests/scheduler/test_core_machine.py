@@ -44,7 +44,9 @@ from tests.scheduler.script import SECOND, place_request, worker_report, worker_
 MODELS = ("m", "other")
 SEQUENCES = tuple(f"s{number}" for number in range(12))
 MODES: tuple[tuple[str, ...], ...] = ((), ("kv",), ("tokens", "kv"))
-CORE = CoreSettings(queue_limit=4, overtake_window=3, growth_limit_tokens=64, migration_timeout_us=4 * SECOND)
+CORE = CoreSettings(
+    queue_limit=4, queue_wait_us=20 * SECOND, overtake_window=3, growth_limit_tokens=64, migration_timeout_us=4 * SECOND
+)
 POLICY = PolicySettings(head_room=0.1)
 
 

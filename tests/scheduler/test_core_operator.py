@@ -237,6 +237,14 @@ def test_a_long_move_is_answered_as_it_stands_and_asked_again() -> None:
     assert not orders(said)
 
 
+def test_a_delivery_that_comes_twice_is_answered_once() -> None:
+    """The broker may do that; the asker has one reply subject."""
+    scene = Operated()
+    event = OperatorAsked("op", MigrateRequest(ask="x", request="big", target="c"))
+    assert len(orders(scene.send(event))) == 1
+    assert scene.send(event) == []
+
+
 def test_an_ask_belongs_to_one_order() -> None:
     """Another order under its name is refused."""
     scene = Operated()
@@ -356,11 +364,14 @@ def test_who_waits_hears_that_the_leader_has_gone() -> None:
 
 
 def test_asks_are_forgotten_after_a_while() -> None:
-    """Their number is bounded, and old ones make room."""
-    scene = Operated()
-    for _ in range(256):
+    """Their number is bounded: the oldest that is over makes room; while all are under way no more are taken."""
+    scene = Operated(migration_timeout_us=1_000 * SECOND)
+    for _ in range(300):
         scene.migrate("big", "a")
-    assert scene.refused("big", "a") == "overloaded"
+    assert len(scene.core._operator._asks) == 256
+    for _ in range(256):
+        scene.migrate("big", "c")
+    assert scene.refused("small", "c") == "overloaded"
     scene.now_us += 121 * SECOND
     scene.send(Tick())
     assert not scene.core._operator._asks

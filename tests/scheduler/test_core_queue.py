@@ -285,3 +285,11 @@ def test_a_request_between_two_asks_is_not_overtaken_by_its_like() -> None:
     script.wait(0.2)
     assert replies(script.finish("b", "big1")) == {"small": placed("b")}
     assert replies(script.ask("second", 800, 16)) == {"second": placed("b")}
+
+
+def test_who_says_to_have_waited_for_ever_is_first_and_no_harm() -> None:
+    """A time that no clock can hold counts as the longest there is."""
+    script = full_script()
+    script.ask("s1")
+    script.ask("liar", waited_s=1e308)
+    assert replies(script.wait(0.8)) == {"liar": queued(0), "s1": queued(1)}

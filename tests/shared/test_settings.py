@@ -134,7 +134,7 @@ def test_help_lists_every_flag_variable_default_and_description(capsys: pytest.C
 def test_the_listing_is_the_same_on_every_machine() -> None:
     """Kinds are words, defaults name no machine, and the inherited settings come first."""
     listing = KitchenSettings.listing()
-    assert [setting.name for setting in listing][:2] == ["nats_url", "subject_prefix"]
+    assert [setting.name for setting in listing][:2] == ["nats_url", "nats_nkey_seed_file"]
     own = {setting.name: (setting.kind, setting.default) for setting in listing[-7:]}
     assert own == {
         "dish_count": ("int", "default 4"),

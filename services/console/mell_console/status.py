@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, Frontend, console, print_json
@@ -41,7 +42,7 @@ def models_line(status: Status) -> str:
     """Return in one line how moves go, and how many workers each model should have."""
     moves = f"moves: {status.migrating} under way, {status.migrated} made, {status.migrations_failed} failed"
     if status.failures:
-        moves += f" ({', '.join(f'{failure.reason} {failure.count}' for failure in status.failures)})"
+        moves += f" ({', '.join(escape(f'{failure.reason} {failure.count}') for failure in status.failures)})"
     if status.moves_paused:
         moves += ", [yellow]paused[/yellow]"
     wanted = "".join(f"; {model.model} wants {model.gpus_wanted} GPUs" for model in status.models)
@@ -56,7 +57,7 @@ def workers_table(status: Status) -> Table:
         table.add_row(
             worker.worker,
             worker.model,
-            f"{worker.host} {worker.device}",
+            escape(f"{worker.host} {worker.device}"),
             f"[{style}]{worker.state}[/{style}]",
             kv_use(worker),
             str(worker.running),
@@ -73,7 +74,7 @@ def moves_table(moves: Iterable[MoveStatus]) -> Table:
     table = Table("move", "sequence", "from", "to", "mode", "reason", "cost", "ago", box=None)
     for move in moves:
         style = _OUTCOME_STYLES[move.outcome]
-        why = f": {move.why}" if move.why and move.outcome != "committed" else ""
+        why = f": {escape(move.why)}" if move.why and move.outcome != "committed" else ""
         ago = span(move.ago_s) if move.outcome != "moving" else ""
         table.add_row(
             f"[{style}]{move.outcome}[/{style}]{why}",

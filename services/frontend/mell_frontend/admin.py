@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request, Response
@@ -159,12 +160,16 @@ class AdminApi:
         return JSONResponse(reply.model_dump(mode="json"), status_code=202 if _moving(reply) else 200)
 
     async def _again(self, order: MigrateRequest, last: AdminReply) -> AdminReply:
-        """Ask how it stands; while no scheduler answers, it stands as it was told last."""
+        """Ask how it stands; while no scheduler answers, or one that leads only now, it stands as it was told last."""
         try:
             return _accepted(await self._gateway.admin(order))
         except GenerationError:
-            await asyncio.sleep(_RETRY_S)
-            return last
+            pass
+        except ApiError as error:
+            if error.status != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+        await asyncio.sleep(_RETRY_S)
+        return last
 
     async def _ask(self, order: AdminRequest) -> Response:
         return JSONResponse(_accepted(await self._gateway.admin(order)).model_dump(mode="json"))

@@ -16,6 +16,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     max_head_bytes: int
     """Coarse: what arrived before the head was complete. The exact limit on headers is the edge's."""
     head_timeout_s: float
+    max_connections: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,6 +26,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request's head."""
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            fault = ApiError(503, "Too many connections are open; come back later.", code="unavailable")
+            fault.headers["retry-after"] = "1"
+            self._refuse(fault)
+            return
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,19 +81,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = json.dumps(fault.body()).encode()
-        head = (
-            f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
+        lines = [f"HTTP/1.1 {fault.status} {HTTPStatus(fault.status).phrase}", "content-type: application/json"]
+        lines += [f"content-length: {len(body)}", "connection: close"]
+        lines += [f"{name}: {value}" for name, value in fault.headers.items()]
+        head = "\r\n".join([*lines, "", ""])
         self.transport.write(head.encode() + body)
         self.transport.close()
 
 
-def bounded_protocol(head_bytes: int, timeout_s: float) -> type[BoundedHttpProtocol]:
+def bounded_protocol(head_bytes: int, timeout_s: float, connections: int) -> type[BoundedHttpProtocol]:
     """Return the protocol with these bounds, for uvicorn's `http` setting."""
 
     class _Protocol(BoundedHttpProtocol):
         max_head_bytes = head_bytes
         head_timeout_s = timeout_s
+        max_connections = connections
 
     return _Protocol

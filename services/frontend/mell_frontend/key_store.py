@@ -59,6 +59,11 @@ class KeyStore:
             log.info("keys_read", keys=len(self.ring or ()))
 
     def _take(self, from_file: Sequence[ApiKey]) -> None:
+        # Limits go by name: two keys of one name would share them.
+        doubled = {key.name for key in from_file} & {key.name for key in self._values}
+        if doubled:
+            what = f"the name {min(doubled)!r} belongs to a key of the settings"
+            raise KeysFileError(f"the keys file {self._path}: {what}")
         self.ring = KeyRing([*self._values, *from_file])
         for listener in self._listeners:
             listener(self.ring.keys)

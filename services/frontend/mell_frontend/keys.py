@@ -131,10 +131,10 @@ def parse_keys(text: str) -> list[ApiKey]:
         raise KeysFileError(f"longer than {_MAX_FILE_CHARS} characters")
     try:
         entries = _File.model_validate(tomllib.loads(text)).keys
-    except tomllib.TOMLDecodeError as error:
-        raise KeysFileError(f"no TOML: {error}") from error
     except ValidationError as error:
         raise KeysFileError(_fault(error)) from None  # the cause quotes what may be a key
+    except (ValueError, RecursionError) as error:  # tomllib lets through those of endless numbers and deep lists
+        raise KeysFileError(f"no TOML: {error}") from error
     _check_unique("name", [entry.name for entry in entries])
     _check_unique("sha256", [entry.sha256.lower() for entry in entries])
     return [entry.key() for entry in entries]

@@ -154,7 +154,7 @@ def _http_config(app: App, settings: FrontendSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         # Twice the headers: the request line and what came along with the head count too.
-        http=bounded_protocol(2 * settings.max_header_bytes, settings.read_timeout_s),
+        http=bounded_protocol(2 * settings.max_header_bytes, settings.read_timeout_s, settings.max_connections),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -48,6 +48,7 @@ class FrontendSettings(ServiceSettings):
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")
+    max_connections: int = Field(8192, ge=1, description="Most HTTP connections open at once; more get a 503.")
     read_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a request's whole body.")
     write_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a client that does not read its answer.")
     max_choices: int = Field(128, ge=1, description="Most choices of one request, over all its prompts.")

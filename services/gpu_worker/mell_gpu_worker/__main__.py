@@ -133,7 +133,10 @@ async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport
     )
     profile: Profile = ()
     if settings.profile_s and settings.migration_modes:
-        profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
+        try:
+            profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
+        except EngineError as error:
+            raise StartError(str(error)) from error
         structlog.get_logger().info("prefill_profile", tokens_per_s=dict(profile))
     return Measured(link_bytes_per_s, profile)
 

@@ -39,7 +39,7 @@ _PROBE_S = 10.0
 
 
 class Lanes:
-    """One worker's part in measuring; `start` subscribes and greets."""
+    """One worker's part in measuring: `subscribe`, then `run`."""
 
     def __init__(self, spec: WorkerSpec, engine: EngineRunner, around: Surroundings, spawn: Spawn) -> None:
         assert around.transport is not None, "without a transport there are no lanes"

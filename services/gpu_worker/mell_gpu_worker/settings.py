@@ -31,6 +31,9 @@ class WorkerSettings(ServiceSettings):
         "auto", description="Of weights and KV; `auto`: float32 on CPU, bfloat16 on CUDA."
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores.")
+    compile: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: steps in C++ on CPUs that have a compiler, for models it knows; `off`: in Python."
+    )
     kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
     memory_share: float = Field(0.5, gt=0, le=0.95, description="Share of free memory for the KV pool.")
     block_tokens: int = Field(16, ge=1, le=256, description="Tokens in one KV block; equal in the whole cluster.")

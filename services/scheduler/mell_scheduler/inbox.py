@@ -13,7 +13,7 @@ from mell_scheduler.core import Event, PlaceRequested
 from mell_scheduler.metrics import Tally
 from mell_shared.bus import Delivery, InvalidSubjectError
 from mell_shared.codec import InvalidMessageError, M, decode
-from mell_shared.messages.admin import ADMIN_REQUEST, AdminRequest
+from mell_shared.messages.admin import ADMIN_REQUEST, AdminRequest, MovingRequest
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT, WorkerJoined
 from mell_shared.subjects import Subjects, check_subject
 
@@ -59,6 +59,14 @@ class Inbox:
             self._drop(delivery, "no_reply_subject", "an operator's request without a reply subject")
             return None
         return self._read(ADMIN_REQUEST, delivery, _MAX_REQUEST_BYTES)
+
+    def pause(self, delivery: Delivery) -> MovingRequest | None:
+        """An operator's pause as a bystander hears it: what is wrong with it is for whoever leads to tell."""
+        try:
+            request = decode(ADMIN_REQUEST, delivery.data)
+        except InvalidMessageError:
+            return None
+        return request if isinstance(request, MovingRequest) else None
 
     def _read(self, adapter: TypeAdapter[M], delivery: Delivery, limit_bytes: int) -> M | None:
         size_bytes = len(delivery.data)

@@ -42,7 +42,15 @@ from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
-from mell_shared.messages.admin import AdminRefused, ExplainRequest, FailureCount, ModelStatus, Status, StatusRequest
+from mell_shared.messages.admin import (
+    AdminRefused,
+    ExplainRequest,
+    FailureCount,
+    ModelStatus,
+    MovingRequest,
+    Status,
+    StatusRequest,
+)
 from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
@@ -90,6 +98,8 @@ class SchedulerService:
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
+        self._paused = False
+        """What an operator said last of moves, to whoever led then."""
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
@@ -109,6 +119,7 @@ class SchedulerService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then leave in order: answer who waits, give the lease back."""
         await self._contest.prepare()
+        await self._hear_pauses()
         self._bus.on_reconnect(self._reconnected)
         async with asyncio.TaskGroup() as group:
             actor = group.create_task(self._actor.run(self._start_ticking))
@@ -122,6 +133,18 @@ class SchedulerService:
         await self._contest.resign()
         if self._event_log is not None:
             self._event_log.close()
+
+    async def _hear_pauses(self) -> None:
+        """Listen to operators' pauses also while another leads, so that they outlast a failover."""
+        try:
+            await self._bus.subscribe(self._subjects.admin("moving"), self._note_pause)
+        except BusError as error:
+            self._log.warning("subscribing_failed", reason=str(error))
+
+    async def _note_pause(self, delivery: Delivery) -> None:
+        request = self._inbox.pause(delivery)
+        if request is not None:
+            self._paused = request.paused
 
     def _start_ticking(self) -> None:
         self._actor.every(TICK_S, Tick)
@@ -178,6 +201,8 @@ class SchedulerService:
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
             self._log.info("ready", role="leader", term=event.term, policy=self._settings.policy)
+            if self._paused:
+                self._actor.post(OperatorAsked("", MovingRequest(paused=True)))
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
             self._core = None
@@ -224,7 +249,8 @@ class SchedulerService:
             case MigrationSettled():
                 self._note_settled(command)
             case Answer():
-                await self._send(command.handle, command.reply)
+                if command.handle:
+                    await self._send(command.handle, command.reply)
             case OrderDrain():
                 self._order_drain(command)
             case WantGpus():

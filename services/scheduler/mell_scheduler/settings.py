@@ -40,6 +40,9 @@ class SchedulerSettings(ServiceSettings):
         5.0, ge=0, description="How long requests wait for a worker of their model to appear."
     )
     queue_limit: int = Field(1_000, ge=1, description="Most requests that wait for room.")
+    queue_wait_s: float = Field(
+        30.0, ge=0, description="Requests are refused that would wait longer, at the pace of those before; 0: none."
+    )
     queue_hold_s: float = Field(0.8, gt=0, le=1.5, description="How long a waiting frontend's answer is held back.")
     queue_renew_s: float = Field(3.0, gt=0, description="A waiting request not repeated for this long is dropped.")
     epoch_s: float = Field(1.0, gt=0, le=60, description="Time between two plans of moves.")
@@ -91,6 +94,7 @@ class SchedulerSettings(ServiceSettings):
             worker_lost_us=_us(self.worker_lost_s),
             worker_grace_us=_us(self.worker_grace_s),
             queue_limit=self.queue_limit,
+            queue_wait_us=_us(self.queue_wait_s),
             queue_hold_us=_us(self.queue_hold_s),
             queue_renew_us=_us(self.queue_renew_s),
             tpot_target_us=_us(self.tpot_target_ms / 1_000),

@@ -302,10 +302,6 @@ class KvReleased(Message):
     kind: Literal["kv_released"] = "kv_released"
 
 
-PeerReply = KvReserved | KvRefused | CaughtUp | CommitGranted | CommitRefused | KvReleased
-"""Answers to `PeerCommand`s."""
-
-
 class CommandInvalid(Message):
     """The command could not be read; it was dropped."""
 

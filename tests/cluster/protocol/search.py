@@ -1,5 +1,7 @@
 """Breadth first through all states, with what must hold in each, and what must be reachable from each."""
 
+import math
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -19,8 +21,31 @@ class Bounds:
     left: Left
 
 
-SMALL = Bounds(2, Left(moves=1, suspicions=1, cancels=1, faults=1))
-FULL = Bounds(3, Left(moves=2, suspicions=1, cancels=1, faults=2))
+SMALL = (
+    Bounds(2, Left(tokens=2, moves=1, suspicions=0, cancels=1, faults=0)),
+    Bounds(2, Left(tokens=1, moves=1, suspicions=0, cancels=0, faults=1)),
+    Bounds(2, Left(tokens=1, moves=1, suspicions=1, cancels=1, faults=0)),
+)
+"""Quick enough for every run of the tests."""
+GUARDED = (
+    Bounds(2, Left(tokens=2, moves=1, suspicions=0, cancels=0, faults=0)),
+    Bounds(2, Left(tokens=1, moves=1, suspicions=0, cancels=1, faults=0)),
+    Bounds(2, Left(tokens=2, moves=1, suspicions=1, cancels=0, faults=0)),
+    Bounds(2, Left(tokens=1, moves=1, suspicions=0, cancels=0, faults=1)),
+)
+"""The missing of each guard shows within one of these, in this order."""
+FULL = Bounds(3, Left(tokens=3, moves=2, suspicions=1, cancels=1, faults=2))
+LADDER = (
+    Bounds(2, Left(tokens=2, moves=1, suspicions=1, cancels=0, faults=0)),
+    Bounds(2, Left(tokens=2, moves=1, suspicions=0, cancels=0, faults=1)),
+    Bounds(3, Left(tokens=1, moves=2, suspicions=0, cancels=0, faults=0)),
+    Bounds(2, Left(tokens=1, moves=1, suspicions=1, cancels=1, faults=1)),
+    Bounds(2, Left(tokens=2, moves=2, suspicions=0, cancels=0, faults=0)),
+    Bounds(3, Left(tokens=1, moves=2, suspicions=1, cancels=0, faults=0)),
+    Bounds(2, Left(tokens=3, moves=1, suspicions=1, cancels=1, faults=1)),
+    FULL,
+)
+"""Wider and wider, for a soak: as many as the time allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +54,13 @@ class Found:
 
     states: int
     steps: int
+    waiting: int = 0
+    """States seen and not looked at, for the search was stopped; whether ends are in reach is then not known."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything was looked at."""
+        return not self.waiting
 
 
 class Search:
@@ -42,12 +74,12 @@ class Search:
         """By state: where things lead if they go well."""
         self._steps = 0
 
-    def run(self) -> Found:
-        """Look at everything."""
+    def run(self, until_s: float = math.inf, most_states: float = math.inf) -> Found:
+        """Look at everything; or up to that time of `time.monotonic` and so many states, at as much as possible."""
         first = start(self._bounds.workers, self._bounds.left)
         self._number(first, (-1, "start"))
         queue = deque([first])
-        while queue:
+        while queue and len(self._came) < most_states and time.monotonic() < until_s:
             state = queue.popleft()
             number = self._numbers[state]
             for what, kind, after in self._ways(state, number):
@@ -59,6 +91,8 @@ class Search:
                 if kind is Kind.GOOD:
                     self._good[number].append(self._numbers[after])
         states = list(self._numbers)
+        if queue:
+            return Found(len(states), self._steps, len(queue))
         self._check_ends(states)
         self._check_cycles()
         return Found(len(states), self._steps)

@@ -6,7 +6,6 @@ from mell_gpu_worker.core.migration.tables import Act, SourceEvent, SourcePhase
 from tests.cluster.protocol.state import FRONTEND, Draft, Out
 
 LIMITS = MoveLimits()
-_WHOLE = {SourcePhase.RESERVING, SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING}
 
 
 def order(draft: Draft, migration: int, source: int, target: int) -> None:
@@ -85,20 +84,19 @@ def notice(draft: Draft, migration: int) -> None:
     if out is None:
         return
     run = draft.workers[out.worker].run
-    if run is None or run.generation != out.generation or not run.live:
+    if run is None or run.generation != out.generation or not run.live(draft.left.tokens):
         apply(draft, migration, SourceEvent.LOST)
+    elif out.standing.phase is SourcePhase.STOPPING and not run.in_step:
+        apply(draft, migration, SourceEvent.STOPPED)
 
 
 def next_step(draft: Draft, migration: int) -> SourceEvent | None:
     """Return what the source itself does next, if anything."""
     out = draft.outs[migration]
     assert out is not None
-    run = draft.workers[out.worker].run
     match out.standing.phase:
         case SourcePhase.COPYING:
             return SourceEvent.TAIL_SMALL
-        case SourcePhase.STOPPING if run is not None and not run.in_step:
-            return SourceEvent.STOPPED
         case SourcePhase.SENDING:
             return SourceEvent.ALL_SENT
         case _:

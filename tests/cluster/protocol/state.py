@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from mell_gpu_worker.core.migration.tables import SourcePhase, Standing, TargetPhase
 
-TOKENS = 3
-"""The request is over after so many."""
 FRONTEND = 9
 """Stands among the workers' numbers for the frontend."""
 NOBODY = -1
@@ -28,10 +26,9 @@ class Run(NamedTuple):
     halted: bool = False
     in_step: bool = False
 
-    @property
-    def live(self) -> bool:
-        """Whether it holds blocks."""
-        return len(self.ids) < TOKENS
+    def live(self, tokens: int) -> bool:
+        """Whether it goes on, and so holds blocks; it is over after `tokens` tokens."""
+        return len(self.ids) < tokens
 
 
 class Worker(NamedTuple):
@@ -95,8 +92,9 @@ class Front(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What may still happen."""
+    """What may still happen; `tokens`: after how many the request is over."""
 
+    tokens: int
     moves: int
     suspicions: int
     cancels: int
@@ -116,12 +114,14 @@ class State(NamedTuple):
     left: Left
     excused: bool = False
     """Something happened that may cost the owner its copy."""
+    smooth: bool = True
+    """Nothing has gone wrong so far, and no timer has fired early."""
 
 
 class Draft:
     """A state being changed."""
 
-    __slots__ = ("cut", "excused", "front", "ins", "left", "net", "outs", "past", "workers")
+    __slots__ = ("cut", "excused", "front", "ins", "left", "net", "outs", "past", "smooth", "workers")
 
     def __init__(self, state: State) -> None:
         self.front = state.front
@@ -133,6 +133,7 @@ class Draft:
         self.cut = state.cut
         self.left = state.left
         self.excused = state.excused
+        self.smooth = state.smooth
 
     def freeze(self) -> State:
         """Return the state."""
@@ -146,6 +147,7 @@ class Draft:
             self.cut,
             self.left,
             self.excused,
+            self.smooth,
         )
 
     def send(self, *message: Any) -> None:

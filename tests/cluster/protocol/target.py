@@ -3,12 +3,12 @@
 from mell_gpu_worker.core.migration import tables
 from mell_gpu_worker.core.migration.tables import Act, TargetEvent, TargetPhase
 from tests.cluster.protocol.source import LIMITS
-from tests.cluster.protocol.state import FRONTEND, TOKENS, Draft, Ids, In, Run
+from tests.cluster.protocol.state import FRONTEND, Draft, Ids, In, Run
 
 HELD = {TargetPhase.OFFERING, TargetPhase.RESERVED, TargetPhase.JOINING}
 
 
-def reserve(draft: Draft, migration: int, source: int, worker: int, generation: int, ids: Ids) -> None:
+def reserve(draft: Draft, migration: int, source: int, worker: int, *, generation: int, ids: Ids) -> None:
     """A source asks for room."""
     move = draft.ins[migration]
     if move is not None:
@@ -155,6 +155,18 @@ def notice(draft: Draft, migration: int) -> None:
         apply(draft, migration, TargetEvent.LOST)
 
 
-def computes(move: In) -> bool:
+def proceed(draft: Draft, migration: int) -> None:
+    """Claim, once everything that the source named is in place."""
+    move = draft.ins[migration]
+    if move is not None and move.standing.phase is TargetPhase.JOINING and in_place(move):
+        apply(draft, migration, TargetEvent.READY)
+
+
+def in_place(move: In) -> bool:
+    """Whether everything that the source named is there."""
+    return move.kv
+
+
+def computes(move: In, tokens: int) -> bool:
     """Whether it may make a token of its own before it is granted."""
-    return move.standing.phase is TargetPhase.CLAIMING and move.length <= len(move.ids) < min(move.length + 1, TOKENS)
+    return move.standing.phase is TargetPhase.CLAIMING and move.length <= len(move.ids) < min(move.length + 1, tokens)

@@ -1,6 +1,7 @@
 """Forgets what can have no effect any more, so that states that will do the same are the same."""
 
 from mell_gpu_worker.core.migration.tables import TargetPhase
+from tests.cluster.protocol import frontend
 from tests.cluster.protocol.state import Draft, Front, Message
 
 _QUESTIONS = {
@@ -19,20 +20,24 @@ def tidy(draft: Draft) -> None:
         draft.front = _OVER
     draft.net = {message for message in draft.net if _matters(draft, message)}
     for migration, past in enumerate(draft.past):
-        if past not in {"", "over"} and draft.outs[migration] is None and draft.ins[migration] is None:
-            if not any(len(m) > 3 and m[3] == migration and m[0] in _ABOUT_MOVES for m in draft.net):
-                draft.past[migration] = "over"
+        moving = draft.outs[migration] is not None or draft.ins[migration] is not None
+        if past not in {"", "over"} and not moving and not _spoken_of(draft, migration):
+            draft.past[migration] = "over"
+
+
+def _spoken_of(draft: Draft, migration: int) -> bool:
+    return any(len(m) > 3 and m[3] == migration and m[0] in _ABOUT_MOVES for m in draft.net)
 
 
 _ABOUT_MOVES = {"reserve", "commit", "release", "round", "claim", "abort", "granted", "refused", *_QUESTIONS}
 
 
-def _matters(draft: Draft, message: Message) -> bool:
+def _matters(draft: Draft, message: Message) -> bool:  # noqa: PLR0911 - one for each kind
     kind, _, receiver, *rest = message
     front = draft.front
     match kind:
         case "tokens":
-            return not front.ended and rest[0] == front.generation
+            return not front.ended and frontend.from_owner(front, message[1], rest[0])
         case "drop":
             worker = draft.workers[receiver]
             return worker.newest < rest[0] or (worker.run is not None and worker.run.generation == rest[0])

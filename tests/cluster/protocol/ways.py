@@ -6,7 +6,7 @@ from itertools import combinations
 
 from mell_gpu_worker.core.migration.tables import SourceEvent, SourcePhase, TargetEvent, TargetPhase
 from tests.cluster.protocol import frontend, source, target
-from tests.cluster.protocol.state import FRONTEND, TOKENS, Claimed, Draft, Message, Run, State
+from tests.cluster.protocol.state import FRONTEND, Claimed, Draft, In, Message, Out, Run, State, Worker
 from tests.cluster.protocol.tidy import tidy
 
 
@@ -30,6 +30,8 @@ def ways(state: State) -> Iterator[Way]:
         for migration in range(len(draft.outs)):
             target.notice(draft, migration)
             source.notice(draft, migration)
+            target.proceed(draft, migration)
+        draft.smooth &= kind is Kind.GOOD or what.endswith("is ordered")
         tidy(draft)
         yield what, kind, draft.freeze()
 
@@ -64,17 +66,26 @@ def _arrivals(state: State, good: Kind) -> Iterator[_Step]:
             yield from _mishaps(state, message)
 
 
+_REQUESTS = ("reserve", "commit", "release", "claim", "abort", "submit")
+
+
 def _mishaps(state: State, message: Message) -> Iterator[_Step]:
+    """What a fault does to a request.
+
+    Other losses are there without a fault: a reply's is the early timer of who waits for it, a token's or a drop's a
+    delay until the next status. Repeats of replies find nobody who waits, those of tokens and drops change nothing.
+    """
+    if message[0] not in _REQUESTS:
+        return
     draft = Draft(state)
     draft.net.discard(message)
     draft.spend(faults=1)
     draft.excused |= message[0] == "submit"
-    if message[0] != "round":  # what a link loses is a link that failed
-        yield f"{message} is lost", Kind.FAULT, draft
-        draft = Draft(state)
-        deliver(draft, message)
-        draft.spend(faults=1)
-        yield f"{message} arrives, and will again", Kind.FAULT, draft
+    yield f"{message} is lost", Kind.FAULT, draft
+    draft = Draft(state)
+    deliver(draft, message)
+    draft.spend(faults=1)
+    yield f"{message} arrives, and will again", Kind.FAULT, draft
 
 
 def deliver(draft: Draft, message: Message) -> None:
@@ -98,10 +109,10 @@ def _to_frontend(draft: Draft, kind: str, sender: int, rest: list[object]) -> No
             raise AssertionError(f"{kind} {rest} is nothing for a frontend")
 
 
-def _to_worker(draft: Draft, kind: str, sender: int, worker: int, rest: list[object]) -> None:  # noqa: C901, PLR0912
+def _to_worker(draft: Draft, kind: str, sender: int, worker: int, rest: list[object]) -> None:  # noqa: PLR0912
     match kind, rest:
         case "reserve", [int(migration), int(generation), tuple(ids)]:
-            target.reserve(draft, migration, sender, worker, generation, ids)
+            target.reserve(draft, migration, sender, worker, generation=generation, ids=ids)
         case "commit", [int(migration), tuple(ids)]:
             target.commit(draft, migration, sender, worker, ids)
         case "release", [int(migration)]:
@@ -152,7 +163,7 @@ def submit(draft: Draft, worker: int, generation: int, ids: tuple[object, ...]) 
 def _computing(state: State, good: Kind) -> Iterator[_Step]:
     for number, worker in enumerate(state.workers):
         run = worker.run
-        if run is None or not run.live:
+        if run is None or not run.live(state.left.tokens):
             continue
         draft = Draft(state)
         moves = any(o is not None and (o.worker, o.generation) == (number, run.generation) for o in state.outs)
@@ -197,15 +208,28 @@ def _placing(state: State, good: Kind) -> Iterator[_Step]:
         frontend.leave(draft)
         yield "the client leaves", Kind.EARLY, draft
     lost = not holds(state)
-    if lost or (state.left.suspicions and state.left.faults):
-        for number, worker in enumerate(state.workers):
-            if worker.alive:
+    if lost or state.left.suspicions:
+        for number in candidates(state):
+            # Whoever is cut off does not answer: it gets nothing before the cut is mended.
+            if state.workers[number].alive and state.cut != {number, FRONTEND}:
                 draft = Draft(state)
                 if not lost:
-                    draft.spend(suspicions=1, faults=1)
+                    draft.spend(suspicions=1)
                     draft.excused = True
                 frontend.submit_again(draft, number)
                 yield f"submitted again, to {number}", good if lost else Kind.FAULT, draft
+
+
+def candidates(state: State) -> list[int]:
+    """Return the workers, of those that nothing has happened to only one: they are all alike."""
+    fresh = [number for number, worker in enumerate(state.workers) if worker == _FRESH]
+    named = {end for record in (*state.outs, *state.ins) for end in _ends(record)}
+    named |= {end for message in state.net for end in message[1:3]}
+    alike = [number for number in fresh if number not in named and number != state.front.owner]
+    return [number for number in range(len(state.workers)) if number not in alike[1:]]
+
+
+_FRESH = Worker()
 
 
 def holds(state: State) -> bool:
@@ -232,10 +256,10 @@ def _orders(state: State) -> Iterator[_Step]:
     moving = {(out.worker, out.generation) for out in state.outs if out is not None}
     for number, worker in enumerate(state.workers):
         run = worker.run
-        if run is None or not run.live or (number, run.generation) in moving:
+        if run is None or not run.live(state.left.tokens) or (number, run.generation) in moving:
             continue
-        for other, peer in enumerate(state.workers):
-            if other != number and peer.alive:
+        for other in candidates(state):
+            if other != number and state.workers[other].alive:
                 draft = Draft(state)
                 draft.spend(moves=1)
                 source.order(draft, migration, number, other)
@@ -277,16 +301,11 @@ def _at_target(state: State, migration: int, good: Kind) -> Iterator[_Step]:
     if move is None:
         return
     phase = move.standing.phase
-    ready = phase is TargetPhase.JOINING and in_place(state, migration)
-    if ready:
-        draft = Draft(state)
-        target.apply(draft, migration, TargetEvent.READY)
-        yield f"target of {migration}: ready", good, draft
-    if target.computes(move):
+    if target.computes(move, state.left.tokens):
         draft = Draft(state)
         draft.ins[migration] = move._replace(ids=(*move.ids, (move.worker, -move.generation)))
         yield f"target of {migration} computes a token", good, draft
-    busy = ready or _awaited(state, migration) or _source_goes_on(state, migration)
+    busy = _awaited(state, migration) or _source_goes_on(state, migration)
     if move.asking:
         draft = Draft(state)
         draft.ins[migration] = move._replace(asking=False)
@@ -306,12 +325,6 @@ def _at_target(state: State, migration: int, good: Kind) -> Iterator[_Step]:
 
 
 _RULINGS = ("granted", "refused")
-
-
-def in_place(state: State, migration: int) -> bool:
-    """Whether everything that the source named is there."""
-    move = state.ins[migration]
-    return move is not None and move.kv
 
 
 def _awaited(state: State, migration: int) -> bool:
@@ -345,13 +358,14 @@ def _faults(state: State) -> Iterator[_Step]:
             fail_link(draft, migration)
             yield f"the link of {migration} fails", Kind.FAULT, draft
     if not state.cut:
-        alive = [number for number, worker in enumerate(state.workers) if worker.alive]
+        alive = [number for number in candidates(state) if state.workers[number].alive]
         for pair in combinations([*alive, FRONTEND], 2):
             yield f"{pair} are cut off", Kind.FAULT, _cut_off(state, frozenset(pair))
 
 
 def _crashes(state: State) -> Iterator[_Step]:
-    for number, worker in enumerate(state.workers):
+    for number in candidates(state):
+        worker = state.workers[number]
         if worker.alive and sum(other.alive for other in state.workers) > 1:
             draft = Draft(state)
             draft.spend(faults=1)
@@ -369,11 +383,11 @@ def _crashes(state: State) -> Iterator[_Step]:
             yield f"worker {number} dies", Kind.FAULT, draft
 
 
-def _ends(out: object, move: object) -> set[int]:
+def _ends(*records: Out | In | None) -> set[int]:
     ends: set[int] = set()
-    for record in (out, move):
+    for record in records:
         if record is not None:
-            ends |= {getattr(record, name) for name in ("worker", "source", "target") if hasattr(record, name)}
+            ends |= {record.worker, record.target if isinstance(record, Out) else record.source}
     return ends
 
 
@@ -394,8 +408,3 @@ def _cut_off(state: State, pair: frozenset[int]) -> Draft:
         if pair == _ends(out, move):
             fail_link(draft, migration)
     return draft
-
-
-def tokens_left(state: State) -> int:
-    """Return how many tokens the reader still waits for."""
-    return TOKENS - state.front.accepted

@@ -1,5 +1,6 @@
-"""Chance that repeats: every number is a hash of the seed and of what it decides, so that taking one fault out of a
-run leaves the fate of all other messages as it was.
+"""Chance that repeats: every number is a hash of the seed and of what it decides.
+
+So taking one fault out of a run leaves the fate of all messages that it does not touch as it was.
 """
 
 from hashlib import blake2b

@@ -49,4 +49,4 @@ class LocalClock:
 
     def real_us(self, local_us: int) -> int:
         """Return how long a local span takes, rounded up so that a timer never fires before it is due."""
-        return local_us - local_us * self.drift_ppm // 1_000_000 + 1
+        return -(-local_us * 1_000_000 // (1_000_000 + self.drift_ppm)) + 1

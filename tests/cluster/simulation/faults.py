@@ -157,14 +157,22 @@ def end_us(fault: Fault) -> int:
 
 
 def draw_faults(chance: Chance, nodes: list[str], horizon_us: int) -> list[Fault]:
-    """Return none to ten faults and up to thirty orders to move, in order of time; over soon after `horizon_us`."""
+    """Return none to ten faults and orders to move, in order of time; over soon after `horizon_us`.
+
+    One seed in four is a storm: bad weather all the time, and many more moves.
+    """
     count = chance.between(0, 10, "faults")
     faults = [_draw(chance, nodes, horizon_us, number) for number in range(count)]
-    faults += [_shove(chance, horizon_us, number) for number in range(chance.between(0, 30, "shoves"))]
+    storm = chance.happens(0.25, "storm")
+    if storm:
+        loss, repeat = chance.between(0, 20, "loss") / 100, chance.between(0, 30, "repeat") / 100
+        faults.append(Weather(2 * SECOND_US, horizon_us, loss, repeat, chance.between(0, SECOND_US // 2, "delay")))
+    shoves = chance.between(30, 80, "shoves") if storm else chance.between(0, 30, "shoves")
+    faults += [_shove(chance, horizon_us, number) for number in range(shoves)]
     return sorted(faults, key=lambda fault: fault.at_us)
 
 
-def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fault:
+def _draw(chance: Chance, nodes: list[str], horizon_us: int, number: int) -> Fault:  # noqa: PLR0911 - one for each kind
     def between(low: int, high: int, what: str) -> int:
         return chance.between(low, high, "fault", number, what)
 

@@ -47,9 +47,8 @@ from mell_shared.messages.worker import (
 )
 from mell_shared.subjects import Subjects
 from tests.cluster.simulation.clock import LocalClock
-from tests.cluster.simulation.judge import Judge
-from tests.cluster.simulation.network import Network
 from tests.cluster.simulation.process import Answered, Process
+from tests.cluster.simulation.surroundings import Surroundings
 
 TICK_US = 50_000
 
@@ -57,10 +56,10 @@ TICK_US = 50_000
 class FrontendProcess(Process):
     """One incarnation of a frontend."""
 
-    def __init__(self, node: str, name: str, clock: LocalClock, network: Network, judge: Judge) -> None:
+    def __init__(self, node: str, name: str, clock: LocalClock, around: Surroundings) -> None:
         super().__init__(node, name, clock)
-        self.network = network
-        self.judge = judge
+        self.network = around.network
+        self.judge = around.judge
         self.core = FrontendCore(name)
         self._claims: dict[str, Claim] = {}
         self._timeouts = Timeouts()
@@ -135,7 +134,9 @@ class FrontendProcess(Process):
             self.handle(PlaceAnswered(*key, reply) if good else PlaceFailed(*key, _failure(reply)))
 
         timeout_us = round(self._timeouts.place_s * 1e6)
-        self.network.request(self, self._subjects.place, command.message, PLACE_REPLY, timeout_us, answered)
+        self.network.request(
+            self, self._subjects.place, command.message, replies=PLACE_REPLY, timeout_us=timeout_us, answered=answered
+        )
 
     def _submit(self, command: SubmitSequence) -> None:
         self.judge.submitted(command.message, command.worker)
@@ -147,7 +148,9 @@ class FrontendProcess(Process):
 
         subject = self._subjects.worker_commands(command.worker)
         timeout_us = round(self._timeouts.submit_s * 1e6)
-        self.network.request(self, subject, command.message, WORKER_REPLY, timeout_us, answered)
+        self.network.request(
+            self, subject, command.message, replies=WORKER_REPLY, timeout_us=timeout_us, answered=answered
+        )
 
     def _resend(self, command: AskResend) -> None:
         key = (command.message.sequence, command.message.generation)
@@ -172,7 +175,9 @@ class FrontendProcess(Process):
     def _command(self, command: AskResend | CancelSequence, answered: Answered) -> None:
         subject = self._subjects.worker_commands(command.worker)
         timeout_us = round(self._timeouts.command_s * 1e6)
-        self.network.request(self, subject, command.message, WORKER_REPLY, timeout_us, answered)
+        self.network.request(
+            self, subject, command.message, replies=WORKER_REPLY, timeout_us=timeout_us, answered=answered
+        )
 
 
 def _failure(reply: object) -> AskFailure:

@@ -102,11 +102,13 @@ class Judge:
         assert self._may_fail(reader, command), f"{command.sequence} was lost: {command.failure}: {command.message}"
 
     def _may_fail(self, reader: Reader, command: FailSequence) -> bool:
-        """Only what is too large may fail: for all workers there are, or, before it has begun, for those that are up."""
+        """Only what is too large for all workers may, and, before it has begun, what is told so or to come later."""
         request = reader.request
         total = len(request.prompt_ids) + (request.sampling.max_tokens or 1)
         begun = (request.sequence, 1) in self._owners
-        return command.failure == "too_large" and (total > self._longest_tokens or not begun)
+        if begun:
+            return command.failure == "too_large" and total > self._longest_tokens
+        return command.failure in {"too_large", "queue_full"}
 
     def waits(self, sequence: str) -> None:
         """A reader is told to wait."""

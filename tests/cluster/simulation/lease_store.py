@@ -9,8 +9,6 @@ from mell_scheduler.lease import (
     LeaseValue,
     Look,
     Looked,
-    Unanswered,
-    Write,
     Written,
 )
 from tests.cluster.simulation.clock import EventQueue
@@ -45,6 +43,3 @@ class LeaseStore:
         if self._value is None or self._queue.now_us >= self._expires_us:
             return None
         return Held(self._value, self._revision)
-
-
-__all__ = ["LeaseStore", "Look", "Unanswered", "Write"]

@@ -74,10 +74,11 @@ class _Send:
 class Links:
     """All transfers of the cluster. `corrupting`: machines whose next send is damaged on its way."""
 
+    checks = True
+    """Whether damage is noticed; off only to show that the text tells of it."""
+
     def __init__(self, queue: EventQueue, chance: Chance, conditions: Conditions) -> None:
         self.corrupting: set[str] = set()
-        self.checks = True
-        """Whether damage is noticed; off only to show that the text tells of it."""
         self.sent_blocks = 0
         self.most_block_us = _MOST_BLOCK_US
         self._queue = queue

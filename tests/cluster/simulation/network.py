@@ -141,6 +141,7 @@ class Network:
         sender: Process,
         subject: str,
         message: BaseModel,
+        *,
         replies: TypeAdapter[Any],
         timeout_us: int,
         answered: Answered,

@@ -2,9 +2,9 @@
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tests.cluster.simulation.scenario import Scenario
+from tests.cluster.simulation.scenario import Scenario, draw
 from tests.cluster.simulation.simulation import Simulation
 from tests.cluster.simulation.story import Story
 
@@ -76,12 +76,18 @@ def _thin(items: list[int], attempt: Callable[[list[int]], bool]) -> None:
         size //= 2
 
 
+def try_seed(seed: int) -> tuple[str, str] | None:
+    """Return where a seed fails, and its story reduced; or None. For a process of its own."""
+    failure = play(draw(seed))
+    return None if failure is None else (failure.place, report(reduce(failure)))
+
+
 def report(reduced: Reduced, *, most_lines: int = 150) -> str:
     """Tell a failure: what is wrong, how to see it again, the faults, and what happened last."""
     failure = reduced.failure
-    scenario = replace(failure.scenario)
+    scenario = failure.scenario
     numbers = f"--faults {_listed(reduced.faults)} --wishes {_listed(reduced.wishes)}"
-    lines = [line for line in failure.story.tell()][-most_lines:]
+    lines = list(failure.story.tell())[-most_lines:]
     return "\n".join(
         [
             f"seed {scenario.seed}: {failure.what} ({failure.place})",

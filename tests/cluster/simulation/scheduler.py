@@ -26,10 +26,8 @@ from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT, Migra
 from mell_shared.messages.worker import WORKER_REPLY, Drain, Migrate, MigrateAccepted, MigrateRefused, Report, Undrain
 from mell_shared.subjects import Subjects
 from tests.cluster.simulation.clock import LocalClock
-from tests.cluster.simulation.judge import Judge
-from tests.cluster.simulation.lease_store import LeaseStore
-from tests.cluster.simulation.network import Network
 from tests.cluster.simulation.process import Process
+from tests.cluster.simulation.surroundings import Surroundings
 
 TICK_US = 100_000
 _STORE_US = 2_000
@@ -39,17 +37,16 @@ _UNIX_MS = 1_700_000_000_000
 class SchedulerProcess(Process):
     """One incarnation of a scheduler. `stubborn`: it goes on as leader whatever becomes of its lease."""
 
-    def __init__(  # noqa: PLR0913
-        self, node: str, name: str, clock: LocalClock, network: Network, judge: Judge,
-        store: LeaseStore, settings: SchedulerSettings,
-    ) -> None:  # fmt: skip
+    def __init__(
+        self, node: str, name: str, clock: LocalClock, around: Surroundings, settings: SchedulerSettings
+    ) -> None:
         super().__init__(node, name, clock)
-        self.network = network
-        self.judge = judge
+        self.network = around.network
+        self.judge = around.judge
         self.core: SchedulerCore | None = None
         self.stubborn = False
         self.term = 0
-        self._store = store
+        self._store = around.store
         self._settings = settings
         self._lease = Lease(name, LeaseSettings())
         self._led_term: int | None = None
@@ -73,7 +70,14 @@ class SchedulerProcess(Process):
 
     def shove(self, worker: str, order: Migrate) -> None:
         """Order a move behind the core's back."""
-        self.network.request(self, self._subjects.worker_commands(worker), order, WORKER_REPLY, 1, lambda _: None)
+        self.network.request(
+            self,
+            self._subjects.worker_commands(worker),
+            order,
+            replies=WORKER_REPLY,
+            timeout_us=1,
+            answered=lambda _: None,
+        )
 
     def connection_restored(self) -> None:
         """The connection to the broker is up again."""
@@ -173,7 +177,9 @@ class SchedulerProcess(Process):
 
         subject = self._subjects.worker_commands(command.source)
         timeout_us = round(self._settings.migrate_timeout_s * 1e6)
-        self.network.request(self, subject, command.order, WORKER_REPLY, timeout_us, answered)
+        self.network.request(
+            self, subject, command.order, replies=WORKER_REPLY, timeout_us=timeout_us, answered=answered
+        )
 
     def _send(self, subject: str, message: Message) -> None:
         self.network.publish(self, subject, message)

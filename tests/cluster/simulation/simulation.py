@@ -33,6 +33,7 @@ from tests.cluster.simulation.network import Network
 from tests.cluster.simulation.process import Process
 from tests.cluster.simulation.scenario import HORIZON_US, Scenario, Wish, WorkerShape
 from tests.cluster.simulation.scheduler import SchedulerProcess
+from tests.cluster.simulation.surroundings import Surroundings
 from tests.cluster.simulation.worker import WorkerProcess
 from tests.gpu_worker.core.worlds import worker_config
 
@@ -59,6 +60,7 @@ class Simulation:
         self.processes: dict[str, Process] = {}
         """The present incarnation on each machine."""
         self._store = LeaseStore(self.queue)
+        self._around = Surroundings(self.network, self.links, self._store, self.judge)
         self._shapes = {shape.node: shape for shape in scenario.workers}
         self._incarnations: dict[str, int] = {}
         self._shoves = 0
@@ -98,8 +100,8 @@ class Simulation:
         if node in self._shapes:
             return self._worker(self._shapes[node], name, clock)
         if node in self.scenario.frontends:
-            return FrontendProcess(node, name, clock, self.network, self.judge)
-        return SchedulerProcess(node, name, clock, self.network, self.judge, self._store, self._settings)
+            return FrontendProcess(node, name, clock, self._around)
+        return SchedulerProcess(node, name, clock, self._around, self._settings)
 
     def _worker(self, shape: WorkerShape, name: str, clock: LocalClock) -> WorkerProcess:
         config = worker_config(
@@ -108,7 +110,7 @@ class Simulation:
             eos_token_ids=(FAKE_EOS_ID,), max_step_tokens=shape.max_step_tokens, prefix_cache=shape.prefix_cache,
             migration_modes=("kv", "tokens", "hybrid"),
         )  # fmt: skip
-        return WorkerProcess(shape.node, clock, self.network, self.links, self.judge, config, shape.step_us)
+        return WorkerProcess(shape.node, clock, self._around, config, shape.step_us)
 
     def _die(self, node: str, *, quietly: bool, back_us: int) -> None:
         process = self.processes[node]

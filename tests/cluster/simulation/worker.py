@@ -46,10 +46,8 @@ from mell_shared.messages.frontend import FRONTEND_REPLY, EvictionTaken, Refused
 from mell_shared.messages.worker import WORKER_COMMAND, WORKER_REPLY, WorkerCommand
 from mell_shared.subjects import Subjects
 from tests.cluster.simulation.clock import LocalClock
-from tests.cluster.simulation.judge import Judge
-from tests.cluster.simulation.links import Links
-from tests.cluster.simulation.network import Network
 from tests.cluster.simulation.process import Answered, Process
+from tests.cluster.simulation.surroundings import Surroundings
 from tests.gpu_worker.core.worlds import fake_engine
 
 FRONTEND_TIMEOUT_US = 1_000_000
@@ -61,14 +59,11 @@ LONGEST_SLEEP_US = 100_000
 class WorkerProcess(Process):
     """One incarnation of a worker. `step_us`: what a step takes, beside what each of its tokens takes."""
 
-    def __init__(  # noqa: PLR0913
-        self, node: str, clock: LocalClock, network: Network, links: Links, judge: Judge,
-        config: WorkerConfig, step_us: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, node: str, clock: LocalClock, around: Surroundings, config: WorkerConfig, step_us: int) -> None:
         super().__init__(node, config.spec.worker, clock)
-        self.network = network
-        self.links = links
-        self.judge = judge
+        self.network = around.network
+        self.links = around.links
+        self.judge = around.judge
         self.engine = fake_engine(config.spec.kv_blocks, config.spec.block_tokens)
         self.core = WorkerCore(config, clock.now_us())
         self.slowness = 1
@@ -199,7 +194,7 @@ class WorkerProcess(Process):
 
     def _ask_frontend(self, frontend: str, message: Message, timeout_us: int, answered: Answered) -> None:
         subject = self._subjects.frontend_control(frontend)
-        self.network.request(self, subject, message, FRONTEND_REPLY, timeout_us, answered)
+        self.network.request(self, subject, message, replies=FRONTEND_REPLY, timeout_us=timeout_us, answered=answered)
 
     def _ask_peer(self, command: AskPeer) -> None:
         def answered(reply: object) -> None:
@@ -209,7 +204,9 @@ class WorkerProcess(Process):
                 self.handle(PeerUnanswered(command.worker, command.message, _failure(reply)))
 
         subject = self._subjects.worker_commands(command.worker)
-        self.network.request(self, subject, command.message, WORKER_REPLY, command.timeout_us, answered)
+        self.network.request(
+            self, subject, command.message, replies=WORKER_REPLY, timeout_us=command.timeout_us, answered=answered
+        )
 
 
 def _failure(reply: object) -> AskFailure:

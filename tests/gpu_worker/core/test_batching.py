@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mell_gpu_worker.core.sequence import Phase
+from mell_gpu_worker.core.sequence import Phase, accept
 from mell_gpu_worker.core.step import SampledToken, StepResult
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.sampling import SamplingParams
@@ -328,3 +328,33 @@ def test_first_tokens_come_in_order_of_arrival(prompts: list[tuple[int, int]]) -
     for priority in (0, 1):
         own = [number for number in started if prompts[number][1] == priority]
         assert own == sorted(own)
+
+
+def test_who_stands_still_is_neither_computed_nor_preempted() -> None:
+    """Its blocks are about to move, or it is about to go on: whoever needs a block waits instead, and comes back."""
+    world = BatchWorld(kv_blocks=6)
+    first = world.take(submit("a", b"12345678", max_tokens=9))
+    still = world.take(submit("b", b"abcdefgh", max_tokens=9))
+    world.step()
+    still.halted = True
+    while not world.batcher.waiting:
+        assert "b" not in [row.sequence for row in world.step()]
+    assert world.batcher.waiting == [first]
+    assert len(still.blocks) == 3
+    still.halted = False
+    world.run()
+    assert world.ended == {"a": "length", "b": "length"}
+
+
+def test_who_waits_comes_back_only_among_as_many_as_may_run() -> None:
+    """One that ended before it was claimed may have to run again when another has its place already."""
+    world = BatchWorld(max_step_tokens=2, max_sequences=2)
+    for name in ("a", "b"):
+        world.take(submit(name, b"1"))
+    late = accept(submit("c", b"1"), 2, world.limits)
+    world.batcher.wait(late)
+    while not world.ended:
+        assert len(world.step()) <= 2
+        assert late.phase is Phase.WAITING
+    world.run()
+    assert world.ended == dict.fromkeys("abc", "length")

@@ -39,7 +39,7 @@ def make_engine(tmp_path: Path) -> Iterator[MakeEngine]:
     engines: list[TorchEngine] = []
 
     def make(folder: Path, **options: Any) -> TorchEngine:
-        values = {"kv_blocks": 96, "block_tokens": 4, "threads": 1, **options}
+        values = {"kv_blocks": 96, "block_tokens": 4, "threads": 1, "compile": "off", **options}
         engine = load_torch_engine(EngineOptions(engine="torch", model=str(folder), model_dir=tmp_path, **values))
         engines.append(engine)
         return engine

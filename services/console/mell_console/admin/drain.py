@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
+from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, FAILED, NOT_YET, AdminError, Frontend, console, print_json, segment
@@ -68,7 +69,7 @@ def plan_table(reply: DrainReply) -> Table:
     """Return a row for each sequence: where it would go now, or why nowhere."""
     table = Table("sequence", "KV blocks", "goes to", box=None)
     for row in reply.sequences:
-        table.add_row(row.sequence, str(row.blocks), row.target or f"[yellow]{row.why}[/yellow]")
+        table.add_row(row.sequence, str(row.blocks), row.target or f"[yellow]{escape(row.why)}[/yellow]")
     return table
 
 

@@ -1,6 +1,7 @@
 """`mell explain`: every placement and move of a request, why, and what it cost."""
 
 from pydantic import TypeAdapter
+from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, Frontend, console, print_json, segment
@@ -42,7 +43,12 @@ def story_table(story: Story) -> Table:
         style = _STYLES.get(happening.what, "")
         what = f"[{style}]{happening.what}[/{style}]" if style else happening.what
         table.add_row(
-            span(happening.ago_s), what, _where(happening), str(happening.generation), happening.why, _cost(happening)
+            span(happening.ago_s),
+            what,
+            _where(happening),
+            str(happening.generation),
+            escape(happening.why),
+            _cost(happening),
         )
     return table
 

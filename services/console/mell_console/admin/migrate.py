@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
+from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, FAILED, NOT_YET, Frontend, console, print_json, segment
@@ -49,7 +50,7 @@ def moves_table(reply: MigrateReply) -> Table:
             f"[{style}]{result.state}[/{style}]",
             move.target if move else reply.target,
             move.mode if move else "",
-            _told(result),
+            escape(_told(result)),
         )
     return table
 

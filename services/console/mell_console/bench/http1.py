@@ -5,6 +5,7 @@ result. Connections are kept and used again. Only what a streaming POST needs is
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 
 _READ_BYTES = 1 << 16
 _LONGEST_HEAD_BYTES = 1 << 16
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_DECIMAL = re.compile(r"[0-9]{1,15}")
 
 
 class HttpError(Exception):
@@ -182,7 +185,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
 def _head(head: bytes) -> tuple[int, dict[str, str]]:
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split(" ")
-    if not words[0].startswith("HTTP/1.") or len(words) < 2 or not words[1].isdigit():
+    if not words[0].startswith("HTTP/1.") or len(words) < 2 or not _DECIMAL.fullmatch(words[1]):
         raise HttpError("no HTTP answer")
     pairs = (line.partition(":") for line in lines)
     return int(words[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
@@ -191,13 +194,14 @@ def _head(head: bytes) -> tuple[int, dict[str, str]]:
 def _body(fields: dict[str, str]) -> Body:
     if "chunked" in fields.get("transfer-encoding", "").lower():
         return ChunkedBody()
-    if (length := fields.get("content-length", "")).isdigit():
+    if _DECIMAL.fullmatch(length := fields.get("content-length", "")):
         return SizedBody(int(length))
     return Body()
 
 
 def _chunk_size(line: bytes) -> int:
-    try:
-        return int(line.partition(b";")[0], 16)
-    except ValueError as error:
-        raise HttpError("a broken chunk") from error
+    digits = line.partition(b";")[0].strip()
+    # Not `int` alone: a sign, which it takes, would send the reader back to where it was.
+    if not _CHUNK_SIZE.fullmatch(digits):
+        raise HttpError("a broken chunk")
+    return int(digits, 16)

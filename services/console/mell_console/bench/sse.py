@@ -44,7 +44,8 @@ class StreamReader:
         if b'"finish_reason"' in event and (found := _FINISHED.search(event)):
             self.finish_reason = found[1].decode(errors="replace")
         if b'"usage"' in event and _USAGE.search(event):
-            self.usage = _object(event).get("usage") or {}
+            usage = _object(event).get("usage")
+            self.usage = usage if isinstance(usage, dict) else {}
         elif event[5:].strip() == b"[DONE]":
             self.done = True
         elif b'"error"' in event and b'"choices"' not in event:
@@ -56,13 +57,13 @@ def error_kind(body: bytes) -> str:
     try:
         error = json.loads(body)["error"]
         return str(error.get("code") or error.get("type") or str(error.get("message"))[:60])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "no OpenAI error body"
 
 
 def _object(event: bytes) -> dict[str, Any]:
     try:
         value = json.loads(event[5:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

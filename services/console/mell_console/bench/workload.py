@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -43,7 +44,7 @@ def read_trace(path: Path, speedup: float = 1.0) -> Iterator[Shot]:
     try:
         with _open(path) as file:
             yield from _rows(path, csv.DictReader(file), speedup)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"cannot read {path}: {error}") from error
 
 

@@ -28,7 +28,7 @@ async def await_workers(url: str, admin_key: str, workers: int, deadline_s: floa
 def _missing(url: str, admin_key: str, workers: int) -> str:
     """Return what is still missing, or nothing."""
     try:
-        get_json(f"{url}/ready", timeout_s=_ANSWER_S)
+        get_json(f"{url}/ready", "", _ANSWER_S)
         status = get_json(f"{url}/admin/status", admin_key, _ANSWER_S)
     except GetError as error:
         return str(error)

@@ -100,7 +100,7 @@ class Batcher:
         self.newcomers.append(sequence)
 
     def wait(self, sequence: Sequence) -> None:
-        """Let a new sequence run as soon as its blocks fit, like one that was preempted."""
+        """Let a new sequence run as soon as it and its blocks fit, like one that was preempted."""
         sequence.phase = Phase.WAITING
         insort(self.waiting, sequence, key=_ORDER)
 
@@ -142,7 +142,7 @@ class Batcher:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
 
     def _resume_waiting(self) -> None:
-        while self.waiting:
+        while self.waiting and not self._full:
             # A block of growth for each that runs, else it would soon be preempted again.
             sequence = self.waiting[0]
             if not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):

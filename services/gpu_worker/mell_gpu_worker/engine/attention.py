@@ -56,6 +56,31 @@ class AttentionBackend(Protocol):
         ...
 
 
+class KindRecorder:
+    """Notes what kind of attention each layer asks for, while another backend computes it."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+        self._kinds: dict[int, AttentionKind] = {}
+
+    def attend(
+        self,
+        step: PagedStep,
+        layer: int,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+        kind: AttentionKind,
+    ) -> torch.Tensor:
+        """Attend through the other backend."""
+        self._kinds[layer] = kind
+        return self._backend.attend(step, layer, query, fresh, kind)
+
+    @property
+    def kinds(self) -> list[AttentionKind]:
+        """One for each layer, in order, of the layers seen."""
+        return [self._kinds[layer] for layer in sorted(self._kinds)]
+
+
 @dataclass(frozen=True, slots=True)
 class PagedCall:
     """What a model call carries to its attention layers."""

@@ -10,8 +10,9 @@ class EngineOptions:
     """Choices of model, device and memory; each engine reads what concerns it.
 
     `kv_blocks` 0: as many as `memory_share` of the free memory gives. `max_model_len` 0: the model's context;
-    above it: an error. `threads` 0: all cores. A step computes at most `max_step_tokens` tokens over at most
-    `max_sequences` rows (for sizing buffers ahead). Fields `fake_*` are the fake engine's latency model.
+    above it: an error. `threads` 0: all cores. `compile` "auto": steps in C++ where there is a compiler and the
+    model is known. A step computes at most `max_step_tokens` tokens over at most `max_sequences` rows (for sizing
+    buffers ahead). Fields `fake_*` are the fake engine's latency model.
     """
 
     engine: Literal["torch", "fake"]
@@ -20,6 +21,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = 0
+    compile: Literal["auto", "off"] = "auto"
     kv_blocks: int = 0
     memory_share: float = 0.5
     block_tokens: int = 16

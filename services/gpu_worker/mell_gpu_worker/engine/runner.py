@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,8 +13,19 @@ from mell_gpu_worker.engine.kv_pool import KvPool
 from mell_gpu_worker.engine.paged_step import PagedStep
 
 
+class StepRunner(Protocol):
+    """Computes steps over the pool it was made for."""
+
+    def run(self, rows: Sequence[StepRow], kept: Sequence[int]) -> torch.Tensor:
+        """Write the rows' KV and return float32 logits [kept, vocab] at the packed token indices `kept`.
+
+        The KV of every token is written even if nothing is kept. Raises `EngineError`.
+        """
+        ...
+
+
 class Runner:
-    """One model over one pool; keeps nothing between steps."""
+    """transformers' model over one pool; keeps nothing between steps."""
 
     def __init__(self, model: Any, pool: KvPool, backend: AttentionBackend) -> None:
         self._model = model
@@ -22,10 +33,7 @@ class Runner:
         self._backend = backend
 
     def run(self, rows: Sequence[StepRow], kept: Sequence[int]) -> torch.Tensor:
-        """Write the rows' KV and return float32 logits [kept, vocab] at the packed token indices `kept`.
-
-        The KV of every token is written even if nothing is kept. Raises `EngineError`.
-        """
+        """Run one step; see `StepRunner`."""
         step = PagedStep(self._pool, rows, self._pool.shape.dtype)
         step.clear_new_tails()
         device = self._pool.data.device

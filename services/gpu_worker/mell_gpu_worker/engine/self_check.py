@@ -1,15 +1,15 @@
 """The check at load: two sequences packed through our path must have the logits the model gives each alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from mell_gpu_worker.core.step import StepRow
-from mell_gpu_worker.engine.attention import ATTENTION_NAME, AttentionBackend
+from mell_gpu_worker.engine.attention import ATTENTION_NAME
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
-from mell_gpu_worker.engine.runner import Runner
+from mell_gpu_worker.engine.runner import StepRunner
 
 _LENGTHS = (43, 21)
 _CHUNKS = ((0, 29), (29, 13), (42, 1)), ((0, 16), (16, 4), (20, 1))
@@ -18,18 +18,28 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 """Largest root mean square difference as a share of the logits' own spread; other requests' keys give near 1."""
 
 
-def check_model(model: Any, shape: KvShape, backend: AttentionBackend, device: torch.device) -> None:
-    """Raise `EngineError` unless our attention gives the model's own logits on packed, chunked sequences."""
-    vocab = model.get_input_embeddings().num_embeddings
-    sequences = [_ids(length, vocab, seed) for seed, length in enumerate(_LENGTHS)]
-    ours = _through_pool(model, shape, backend, device, sequences)
-    for ids, logits in zip(sequences, ours, strict=True):
-        error = _relative_error(logits, _alone(model, ids, device))
-        if not error <= _TOLERANCE[shape.dtype]:
-            raise EngineError(
-                f"the model's logits through paged attention differ from its own (by {error:.2g} of their spread): "
-                f"the torch engine does not run it"
-            )
+MakeRunner = Callable[[KvPool], StepRunner]
+
+
+class ModelCheck:
+    """Holds the model's own logits, each sequence alone; whatever is to serve must give them too."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        vocab = model.get_input_embeddings().num_embeddings
+        self._device = device
+        self._sequences = [_ids(length, vocab, seed) for seed, length in enumerate(_LENGTHS)]
+        self._own = [_alone(model, ids, device) for ids in self._sequences]
+
+    def require_equal(self, make_runner: MakeRunner, shape: KvShape) -> None:
+        """Raise `EngineError` unless a runner gives the model's own logits on packed, chunked sequences."""
+        ours = _through_pool(make_runner, shape, self._device, self._sequences)
+        for logits, own in zip(ours, self._own, strict=True):
+            error = _relative_error(logits, own)
+            if not error <= _TOLERANCE[shape.dtype]:
+                raise EngineError(
+                    f"the model's logits through paged attention differ from its own (by {error:.2g} of their "
+                    f"spread): the torch engine does not run it"
+                )
 
 
 def _ids(length: int, vocab: int, seed: int) -> list[int]:
@@ -38,12 +48,12 @@ def _ids(length: int, vocab: int, seed: int) -> list[int]:
 
 
 def _through_pool(
-    model: Any, shape: KvShape, backend: AttentionBackend, device: torch.device, sequences: list[list[int]]
+    make_runner: MakeRunner, shape: KvShape, device: torch.device, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     blocks = [-(-len(ids) // shape.block_tokens) for ids in sequences]
     order = list(range(sum(blocks)))[::-1]
     tables = [order[: blocks[0]], order[blocks[0] :]]
-    runner = Runner(model, KvPool(len(order), shape, device), backend)
+    runner = make_runner(KvPool(len(order), shape, device))
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]
     for rows in _steps(sequences, tables):
         logits = runner.run(rows, range(sum(row.count for row in rows)))

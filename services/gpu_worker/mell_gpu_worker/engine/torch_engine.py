@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
-from mell_gpu_worker.engine.attention import AttentionBackend
+from mell_gpu_worker.engine.attention import AttentionBackend, KindRecorder
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
 from mell_gpu_worker.engine.grammar import GrammarMasks
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.memory import count_blocks, forbid_expandable_segments
+from mell_gpu_worker.engine.native.build import NativeUnavailableError
+from mell_gpu_worker.engine.native.load import native_runner
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_gpu_worker.engine.reference_attention import ReferenceAttention
-from mell_gpu_worker.engine.runner import Runner, last_tokens
+from mell_gpu_worker.engine.runner import Runner, StepRunner, last_tokens
 from mell_gpu_worker.engine.sampler import Sampler
-from mell_gpu_worker.engine.self_check import check_model
+from mell_gpu_worker.engine.self_check import MakeRunner, ModelCheck
 from mell_gpu_worker.engine.support import load_config
 from mell_gpu_worker.engine.weights import choose_device, choose_dtype, load_model, model_digest
 from mell_gpu_worker.model_store import ModelStoreError, verify
@@ -33,16 +36,16 @@ from mell_shared.models import locate_model
 class _Loaded:
     """What `close` lets go of."""
 
-    runner: Runner
+    runner: StepRunner
     pool: KvPool
 
 
 class TorchEngine:
     """Steps over one model and one pool. Build it with `load_torch_engine`."""
 
-    def __init__(self, spec: EngineSpec, model: Any, pool: KvPool, backend: AttentionBackend, sampler: Sampler) -> None:
+    def __init__(self, spec: EngineSpec, runner: StepRunner, pool: KvPool, sampler: Sampler) -> None:
         self._spec = spec
-        self._loaded: _Loaded | None = _Loaded(Runner(model, pool, backend), pool)
+        self._loaded: _Loaded | None = _Loaded(runner, pool)
         self._sampler = sampler
 
     @property
@@ -112,9 +115,8 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     shape = kv_shape(config, options.block_tokens, dtype)
     model = load_model(folder, config, device, dtype)
-    backend = choose_backend(device)
     with torch.inference_mode():
-        check_model(model, shape, backend, device)
+        make_runner = checked_runner(model, shape, device, options)
     if device.type == "cuda":
         forbid_expandable_segments()
     pool = KvPool(count_blocks(options, shape, device, max_model_len), shape, device)
@@ -132,7 +134,27 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
         migration_modes=("kv", "tokens", "hybrid"),
     )
     sampler = Sampler(spec.vocab_size, eos, GrammarMasks(folder, spec.vocab_size, eos, options.max_sequences))
-    return TorchEngine(spec, model, pool, backend, sampler)
+    return TorchEngine(spec, make_runner(pool), pool, sampler)
+
+
+def checked_runner(model: Any, shape: KvShape, device: torch.device, options: EngineOptions) -> MakeRunner:
+    """Return how to make the runner that serves, proven to give the model's own logits. Raises `EngineError`."""
+    check = ModelCheck(model, device)
+    backend = choose_backend(device)
+    recorder = KindRecorder(backend)
+    check.require_equal(lambda pool: Runner(model, pool, recorder), shape)
+    log = structlog.get_logger()
+    reason = "switched off (--compile off)"
+    if options.compile == "auto":
+        try:
+            make_native = native_runner(model, shape, device, recorder.kinds, check)
+        except NativeUnavailableError as unavailable:
+            reason = str(unavailable)
+        else:
+            log.info("steps_in_cpp")
+            return make_native
+    log.info("steps_in_python", reason=reason)
+    return lambda pool: Runner(model, pool, backend)
 
 
 def choose_backend(device: torch.device) -> AttentionBackend:

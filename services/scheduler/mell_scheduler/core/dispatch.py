@@ -45,7 +45,7 @@ class Dispatcher:
                     unplaced_tokens = tokens
             if worker is not None:
                 commands.append(entry.answer(Placed(worker=worker)))
-                self._waiting.remove(entry)
+                self._waiting.placed(entry, now_us)
             elif claimed is None:
                 claimed = self._claim(entry, model)
         if claimed is None:

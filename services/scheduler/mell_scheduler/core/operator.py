@@ -4,7 +4,6 @@ A move takes longer than an answer may: an ask that is not settled is answered a
 again under the same name. So the asker needs no patience of ours, and a lost answer costs nothing.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from mell_scheduler.core.drains import Drains
@@ -82,7 +81,7 @@ class Operator:
         self._settings = settings
         self._drains = Drains(ledger, policy, migrations)
         self._judge = Judge(ledger)
-        self._asks: OrderedDict[str, Ask] = OrderedDict()
+        self._asks: dict[str, Ask] = {}
 
     def ask(self, handle: Handle, request: OperatorRequest, now_us: int, *, heard_all: bool) -> list[Command]:
         """Do what is asked, or say why not. Not `heard_all`: too early for a new leader to move anything."""
@@ -101,6 +100,8 @@ class Operator:
     def _migrate(self, handle: Handle, request: MigrateRequest, now_us: int, *, heard_all: bool) -> list[Command]:
         ask = self._asks.get(request.ask)
         if ask is not None and ask.request == request:
+            if ask.handle == handle:
+                return []  # the broker delivered it twice
             told: list[Command] = [ask.answer()] if ask.handle is not None else []
             ask.handle = handle
             return told + self._hold(ask, now_us)
@@ -116,8 +117,8 @@ class Operator:
         names = self._sequences(request.request)
         if isinstance(names, AdminRefused):
             return names
-        if len(self._asks) >= _MOST_ASKS:
-            return AdminRefused(reason="overloaded", message=f"{_MOST_ASKS} orders to move are remembered already")
+        if not self._has_room():
+            return AdminRefused(reason="overloaded", message=f"{_MOST_ASKS} orders to move are under way: ask again")
         ask = Ask(request, target.worker_id, handle)
         orders: list[Command] = []
         for name in names:
@@ -127,6 +128,15 @@ class Operator:
             return _refused_as(next(iter(ask.results.values())))
         self._asks[request.ask] = ask
         return [*orders, *self._hold(ask, now_us)]
+
+    def _has_room(self) -> bool:
+        """Whether one more ask can be remembered, if need be in the place of the oldest that is over."""
+        if len(self._asks) < _MOST_ASKS:
+            return True
+        over = next((name for name, ask in self._asks.items() if ask.settled), None)
+        if over is not None:
+            del self._asks[over]
+        return over is not None
 
     def _sequences(self, name: str) -> list[str] | AdminRefused:
         """Those of a request that still run or wait; else why there is none."""

@@ -43,6 +43,9 @@ from mell_shared.messages.scheduler import (
     WorkerReport,
 )
 
+_MOST_RETRY_S = 60
+"""What a client is told to wait at most: by then all may be different."""
+
 
 class SchedulerCore:
     """Places sequences on workers, and moves them between workers, from the moment it leads; built anew for each term.
@@ -199,20 +202,32 @@ class SchedulerCore:
         if entry is not None and (entry.request.model, entry.request.priority) != (request.model, request.priority):
             self.waiting.remove(entry)
             entry = None
-        if entry is None:
-            self.waiting.add(request, handle, self._now_us)
-        else:
+        if entry is not None:
             self.waiting.renew(entry, request, handle, self._now_us)
+            return self._serve(request.model)
+        self.waiting.add(request, handle, self._now_us)
         commands = self._serve(request.model)
-        if len(self.waiting) > self.settings.queue_limit:
-            commands += self._reject(self.waiting.last())
-        return commands
-
-    def _reject(self, last: Waiting) -> list[Command]:
-        """The queue is full: the last in order goes; it may be an older one, if the newcomer is more urgent."""
         limit = self.settings.queue_limit
-        retry_after_s = self._completions.retry_after_s(limit, self._now_us)
-        full = Rejected(reason="queue_full", message=f"{limit} requests wait already", retry_after_s=retry_after_s)
+        if len(self.waiting) > limit:
+            retry_after_s = self._completions.retry_after_s(limit, self._now_us)
+            return commands + self._reject(self.waiting.last(), f"{limit} requests wait already", retry_after_s)
+        return commands + self._turn_away(request.model)
+
+    def _turn_away(self, model: str) -> list[Command]:
+        """Keep a line no longer than what can be served soon: else it would serve those who have long gone."""
+        wait_us, most_us = self.waiting.wait_us(model, self._now_us), self.settings.queue_wait_us
+        if not most_us or wait_us is None or wait_us <= most_us:
+            return []
+        wait_s = -(-wait_us // 1_000_000)
+        return self._reject(
+            self.waiting.of(model)[-1],
+            f"the wait for {model!r} would be about {wait_s} s, over the limit of {most_us // 1_000_000}",
+            float(min(_MOST_RETRY_S, wait_s)),
+        )
+
+    def _reject(self, last: Waiting, message: str, retry_after_s: float) -> list[Command]:
+        """Too many wait: the last in order goes; it may be an older one, if the newcomer is more urgent."""
+        full = Rejected(reason="queue_full", message=message, retry_after_s=retry_after_s)
         self.waiting.remove(last)
         told: list[Command] = [] if last.handle is None else [last.answer(full)]
         return told + self._serve(last.request.model)

@@ -50,6 +50,8 @@ class CoreSettings:
     worker_grace_us: int = 5_000_000
     """How long requests wait for a worker to appear before they are told that there is none."""
     queue_limit: int = 1_000
+    queue_wait_us: int = 30_000_000
+    """Nobody joins a line that would make them wait longer than this at its present pace; 0: no such limit."""
     queue_hold_us: int = 800_000
     queue_renew_us: int = 3_000_000
     """A waiting request that is not repeated for this long is dropped."""

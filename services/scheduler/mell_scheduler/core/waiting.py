@@ -2,10 +2,11 @@
 
 from bisect import bisect_left, insort
 
+from mell_scheduler.core.pace import Pace
 from mell_scheduler.core.values import Handle, Reply
 from mell_shared.messages.scheduler import PlaceReply, PlaceRequest
 
-_MOST_WAITED_US = 3_600_000_000
+_MOST_WAITED_S = 3_600
 _Key = tuple[int, int, int]
 
 
@@ -40,6 +41,7 @@ class WaitingQueue:
         self._renew_us = renew_us
         self._by_sequence: dict[str, Waiting] = {}
         self._by_model: dict[str, list[tuple[_Key, Waiting]]] = {}
+        self._paces: dict[str, Pace] = {}
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -70,11 +72,14 @@ class WaitingQueue:
         """Queue a request by its priority and the time it says it has waited."""
         assert request.sequence not in self._by_sequence, "a sequence waits once"
         self._arrivals += 1
-        waited_us = min(_MOST_WAITED_US, int(request.waited_s * 1_000_000))
+        # The least first: so many seconds may be more microseconds than a number can be.
+        waited_us = int(min(_MOST_WAITED_S, request.waited_s) * 1_000_000)
         entry = Waiting(request, handle, (-request.priority, now_us - waited_us, self._arrivals))
         self._held(entry, now_us)
         self._by_sequence[request.sequence] = entry
-        insort(self._by_model.setdefault(request.model, []), (entry.key, entry), key=_key_of)
+        if request.model not in self._by_model:
+            self._by_model[request.model], self._paces[request.model] = [], Pace(now_us)
+        insort(self._by_model[request.model], (entry.key, entry), key=_key_of)
         return entry
 
     def renew(self, entry: Waiting, request: PlaceRequest, handle: Handle, now_us: int) -> None:
@@ -87,6 +92,16 @@ class WaitingQueue:
         entry.renewed_us = now_us
         entry.hold_until_us = now_us + self._hold_us
 
+    def placed(self, entry: Waiting, now_us: int) -> None:
+        """The request waits no more, because it got a place."""
+        self._paces[entry.request.model].add(now_us)
+        self.remove(entry)
+
+    def wait_us(self, model: str, now_us: int) -> int | None:
+        """How long the last of a model's line will wait at its present pace; None while that is not known."""
+        line = self._by_model.get(model)
+        return None if line is None else self._paces[model].wait_us(len(line), now_us)
+
     def remove(self, entry: Waiting) -> None:
         """The request waits no more."""
         del self._by_sequence[entry.request.sequence]
@@ -94,6 +109,7 @@ class WaitingQueue:
         del line[self.position(entry)]
         if not line:
             del self._by_model[entry.request.model]
+            del self._paces[entry.request.model]
 
     def position(self, entry: Waiting) -> int:
         """How many of its model are before it."""
@@ -115,6 +131,7 @@ class WaitingQueue:
         """Assert that both indices hold the same entries, in order. For tests; slow."""
         listed = [pair for line in self._by_model.values() for pair in line]
         assert len(listed) == len(self._by_sequence), "an entry is listed twice or not at all"
+        assert self._paces.keys() == self._by_model.keys(), "a line without a pace, or a pace without a line"
         for model, line in self._by_model.items():
             assert line, "an empty line is kept"
             assert [key for key, _ in line] == sorted(key for key, _ in line), "a line is out of order"

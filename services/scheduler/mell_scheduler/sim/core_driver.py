@@ -198,6 +198,7 @@ def core_settings(spec: GpuSpec, growth_blocks: int | None, epoch_us: int) -> Co
         growth,
         report_interval_us=epoch_us,
         epoch_us=epoch_us,
+        queue_wait_us=0,  # a trace's requests are all served, however long they wait
         missed_reports=_FOR_EVER_US // epoch_us,
         worker_lost_us=_FOR_EVER_US,
         worker_grace_us=_FOR_EVER_US,

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -89,7 +90,7 @@ def read_trace(source: str) -> Workload:
         if data.startswith(_GZIP_MAGIC):
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise TraceError(f"cannot read {name}: {error}") from error
     label = "-" if source == "-" else Path(source).name
     return _workload(label, name, parse_rows(name, text))
@@ -102,13 +103,20 @@ def parse_rows(name: str, text: str) -> Iterator[_Row]:
         raise TraceError(f"{name} is empty: expected a header line and one row per request")
     if first.startswith("{"):
         return _mooncake_rows(name, text)
-    header = [column.strip() for column in next(csv.reader([first]))]
+    header = _header(name, first)
     for columns in _DIALECTS:
         if {columns.arrival, columns.prompt, columns.output} <= set(header):
             return _csv_rows(name, text, columns)
     raise _Place(name, 1).error(
         "header", "arrival_s,prompt_tokens,output_tokens or TIMESTAMP,ContextTokens,GeneratedTokens", first
     )
+
+
+def _header(name: str, line: str) -> list[str]:
+    try:
+        return [column.strip() for column in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise TraceError(f"{name}, line 1: not valid CSV: {error}") from error
 
 
 def _csv_rows(name: str, text: str, columns: _Columns) -> Iterator[_Row]:
@@ -154,7 +162,7 @@ def _mooncake_rows(name: str, text: str) -> Iterator[_Row]:
             place = _Place(name, number)
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise place.error("1", "a JSON object", line[:60]) from None
             yield _mooncake_row(place, record)
 

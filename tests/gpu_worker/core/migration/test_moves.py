@@ -4,13 +4,27 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.commands import AskFrontend, AskPeer, CloseLink, OfferKv, PublishEvent, Reply
+from mell_gpu_worker.core.commands import (
+    AskFrontend,
+    AskPeer,
+    AskPeer,
+    CloseLink,
+    OfferKv,
+    OpenLink,
+    PublishEvent,
+    Reply,
+    SendBlocks,
+)
 from mell_gpu_worker.core.events import (
+    AskFailure,
     CommandReceived,
     FrontendAnswered,
     FrontendUnanswered,
     KvOffered,
     LinkClosed,
+    LinkOpened,
+    PeerAnswered,
+    PeerUnanswered,
     RoundArrived,
     StopRequested,
     TimePassed,
@@ -21,6 +35,8 @@ from mell_shared.messages.scheduler import MigrationFailed, SequenceFinished, Wo
 from mell_shared.messages.worker import (
     Cancel,
     CancelDone,
+    CaughtUp,
+    CommandInvalid,
     CommitGranted,
     CommitMigration,
     CommitRefused,
@@ -345,6 +361,16 @@ def test_a_commit_waits_for_the_last_round_and_for_nothing_else() -> None:
     assert target.step.rows[0].start == 16
 
 
+def test_kv_is_valid_as_far_as_its_source_had_computed() -> None:
+    """The last block sent may be full of anything beyond: moved in mid-prompt, the rest is computed here."""
+    target = world()
+    held(target)
+    target.tell(RoundArrived("m1", (0, 1, 2, 3)))
+    target.tell(CommandReceived(commit(computed_tokens=14), "commit"))
+    assert target.step is not None
+    assert [(row.start, row.count) for row in target.step.rows] == [(14, 3)]
+
+
 def test_a_commit_waits_for_the_step_under_way() -> None:
     """While the target prefills for it, its blocks are being written: it runs from the next step on."""
     target = world(max_step_tokens=8)
@@ -517,6 +543,97 @@ def test_what_arrives_is_prefilled_after_the_workers_own() -> None:
     assert steps == [[("own", 16)], [("own", 8), ("a", 8)], [("own", 1), ("a", 15)], [("own", 1), ("a", 15)]]
 
 
+# --- what the source makes of answers
+
+
+def asked_of_peer(source: CoreWorld) -> list[AskPeer]:
+    """All questions to other workers so far."""
+    return only(AskPeer, source.commands)
+
+
+def test_only_the_answer_to_the_open_question_counts() -> None:
+    """Late ones, to a question that was given up or to none, change nothing."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="", secret=b"", size_bytes=0, step_tokens=8)
+    (reserving,) = asked_of_peer(source)
+    source.tell(PeerAnswered("w2", reserving.message, room))
+    (_, extending) = asked_of_peer(source)
+    assert isinstance(extending.message, ExtendKv)
+    old = extending.message.model_copy(update={"number": 99})
+    for late in (PeerAnswered("w2", old, CaughtUp(computed_tokens=5)), PeerAnswered("w2", reserving.message, room)):
+        source.tell(late)
+        source.tell(PeerUnanswered("w2", late.message, "no_responder"))
+    assert len(asked_of_peer(source)) == 2
+    source.tell(PeerAnswered("w2", extending.message, CaughtUp(computed_tokens=5)))
+    source.finish_step()
+    assert isinstance(asked_of_peer(source)[-1].message, CommitMigration)
+
+
+def test_a_target_that_does_not_get_on_is_told_to_stop_and_sent_the_rest() -> None:
+    """After a few answers without progress it prefills no further; what it has by then is not sent."""
+    source = world()
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="there", secret=b"s", size_bytes=99, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    goals = []
+    for computed in (4, 4, 4, 4, 4, 5):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        goals.append(question.prefill_tokens)
+        told = source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=computed)))
+    assert goals == [10, 10, 10, 10, 10, 0]
+    assert only(OpenLink, told) == [OpenLink("m1", "there", b"s", 99, MoveLimits().link_us)]
+    (send,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
+    assert [slot for slot, _ in send.blocks] == [1, 2]
+
+
+@pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
+def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFailure) -> None:
+    """It is told to release it; the sequence never stopped."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    told = source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, failure))
+    assert [ask.message for ask in only(AskPeer, told)] == [ReleaseKv(migration="m1")]
+    assert failures(source) in (["timeout"], ["unreachable"], ["unsupported"])
+    source.run()
+    assert len(source.output()) == 40
+
+
+def test_a_release_is_repeated_a_few_times() -> None:
+    """Then the reservation's expiry has to do."""
+    source = world()
+    source.ask(submit(max_tokens=40))
+    source.ask(migrate())
+    source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, "timeout"))
+    for _ in range(5):
+        source.tell(PeerUnanswered("w2", ReleaseKv(migration="m1"), "timeout"))
+    assert [ask.message.kind for ask in asked_of_peer(source)] == ["reserve_kv"] + ["release_kv"] * 3
+
+
+def test_a_target_whose_answer_makes_no_sense_gets_nothing() -> None:
+    """Room that no sequence fits into, or an answer to another question: called off, and released."""
+    for nonsense in (
+        KvReserved(held_tokens=3, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        KvReserved(held_tokens=400, slots=4, address="", secret=b"", size_bytes=0, step_tokens=1),
+        CommandInvalid(message="what is reserve_kv?"),
+        KvReleased(),
+    ):
+        source = world()
+        source.ask(submit(max_tokens=40))
+        source.ask(migrate())
+        source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, nonsense))
+        assert failures(source) == ["unsupported"]
+        assert isinstance(asked_of_peer(source)[-1].message, ReleaseKv)
+        source.run()
+        assert len(source.output()) == 40
+
+
 # --- what happens to the sequence meanwhile
 
 
@@ -540,7 +657,10 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     cluster.close("a")
     del cluster.readers["a"]
     cluster.finish()
-    assert not any(isinstance(e, SequenceFinished) and e.reason != "cancelled" for e in cluster.events)
+    ends = [event for event in cluster.events if isinstance(event, SequenceFinished)]
+    assert all(end.reason == "cancelled" for end in ends)
+    if moment in {"CommitMigration", "Claim"}:
+        assert not any(end.worker == "w1" for end in ends), "it might have been granted: not its source's to tell"
 
 
 @pytest.mark.parametrize(
@@ -580,6 +700,36 @@ def test_a_target_without_room_is_told_from_one_that_fails() -> None:
     assert [event.reason for event in cluster.failed()] == ["no_room"]
 
 
+def _rows(cluster: Cluster) -> int:
+    """How often the target has computed anything of "a"."""
+    return sum(name == "a" for name, _, _ in cluster.nodes["w2"].computed)
+
+
+def test_a_target_that_is_told_to_stop_prefilling_answers_when_it_has() -> None:
+    """Not while a step writes to its blocks, which the source is about to send; then nothing more is computed."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    assert target.step is not None
+    stop = ExtendKv(migration="m1", number=1, first_index=2, prefill_tokens=0)
+    assert not target.tell(CommandReceived(stop, "stop"))
+    assert target.finish_step() == [Reply("stop", CaughtUp(computed_tokens=8))]
+    assert target.step is None
+
+
+def test_a_target_says_how_far_it_is_when_it_takes_long() -> None:
+    """A question is held until all is computed, or for half a second; then it is asked again."""
+    target = world(max_step_tokens=8, kv_blocks=20)
+    held(target, reserve(mode="tokens", prompt=LONG[:22]))
+    ask = ExtendKv(migration="m1", number=1, first_index=2, output_ids=[67], prefill_tokens=24)
+    assert not target.tell(CommandReceived(ask, "first"))
+    target.tell(TimePassed(), after_us=SECOND_US // 2)
+    assert only(Reply, target.finish_step()) == [Reply("first", CaughtUp(computed_tokens=8))]
+    assert not target.tell(CommandReceived(ask.model_copy(update={"number": 2}), "second"))
+    assert not only(Reply, target.finish_step())
+    assert only(Reply, target.finish_step()) == [Reply("second", CaughtUp(computed_tokens=24))]
+    assert target.step is None, "the last token is left for the step that samples"
+
+
 def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
     """Rounds that do not shrink end in a copy, of what it has not computed by then."""
     cluster = Cluster(kv_blocks=340, max_step_tokens=8)
@@ -590,6 +740,10 @@ def test_a_target_that_does_not_catch_up_gets_kv_instead() -> None:
         cluster.open(f"s{number}", LONG[:20], max_tokens=160, seed=number, priority=1)
     cluster.run_for(40 * STEP_US)
     cluster.migrate("a", "w2", "tokens")
+    at(cluster, "SendBlocks")
+    prefilled = _rows(cluster)
+    at(cluster, "CommitMigration")
+    assert _rows(cluster) == prefilled, "it prefills what is being sent"
     cluster.finish()
     (committed,) = cluster.committed()
     assert committed.mode == "kv"
@@ -608,6 +762,19 @@ def test_without_a_transport_a_target_that_does_not_catch_up_gets_nothing() -> N
     cluster.migrate("a", "w2", "tokens")
     cluster.finish()
     assert [event.reason for event in cluster.failed()] == ["timeout"]
+
+
+@MODES
+def test_a_sequence_that_outgrows_its_room_stops_early(mode: str) -> None:
+    """It decodes more than was asked for while its blocks travel: it stops before they would not fit, and moves."""
+    cluster = Cluster(kv_blocks=60, moves=MoveLimits(growth_tokens=8))
+    cluster.open("a", LONG, max_tokens=100)
+    cluster.tokens(5)
+    slow = {"SendBlocks", "CaughtUp"}
+    cluster.network.plan = lambda flight: "delay" if flight.what in slow else "deliver"
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    assert len(cluster.committed()) == 1
 
 
 def test_tokens_need_no_transport() -> None:

@@ -5,6 +5,9 @@ import pytest
 from .cluster import ALL_MODES, Cluster
 from .network import Verdict, disturb, undisturbed
 
+# A thousand runs of what other tests visit once: tracing them would only cost time.
+pytestmark = pytest.mark.no_cover
+
 DISTURBANCES: tuple[Verdict, ...] = (
     "lose",
     "repeat",
@@ -15,6 +18,9 @@ DISTURBANCES: tuple[Verdict, ...] = (
     "kill sender",
     "kill receiver",
 )
+
+LINK_FAULTS = {"cut", "corrupt"}
+"""Of transfers: a message that is cut off or damaged is one that is lost."""
 
 
 def moved(mode: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
@@ -27,8 +33,8 @@ def moved(mode: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
     return cluster
 
 
-def flights(mode: str) -> range:
-    """The numbers of all flights from the order to move until the end, if nothing is disturbed."""
+def flights(mode: str, verdict: Verdict) -> list[int]:
+    """The numbers of all flights from the order to move until the end that can be disturbed so."""
     cluster = Cluster()
     cluster.open()
     cluster.tokens(5)
@@ -36,7 +42,10 @@ def flights(mode: str) -> range:
     cluster.migrate("a", "w2", mode)
     cluster.finish()
     assert len(cluster.committed()) == 1, "it did not move"
-    return range(first, len(cluster.network.flights))
+    transfers = {"OpenLink", "SendBlocks"}
+    hit = [f.number for f in cluster.network.flights[first:] if verdict not in LINK_FAULTS or f.what in transfers]
+    assert hit, "nothing can be disturbed so"
+    return hit
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)
@@ -52,11 +61,14 @@ def test_an_undisturbed_move_is_not_noticed(mode: str) -> None:
     assert (cluster.links.copied_blocks > 0) == (mode != "tokens")
 
 
-@pytest.mark.parametrize("verdict", DISTURBANCES)
-@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize(
+    ("mode", "verdict"),
+    # By tokens alone there is no transfer that could be cut.
+    [(m, v) for m in ALL_MODES for v in DISTURBANCES if m != "tokens" or v not in LINK_FAULTS],
+)
 def test_whatever_happens_to_any_one_message_the_text_is_right(mode: str, verdict: Verdict) -> None:
     """Lost, repeated, late, cut, damaged, or the end of either side: right text, once, and no block missing."""
-    for number in flights(mode):
+    for number in flights(mode, verdict):
         try:
             cluster = moved(mode, {number: verdict})
         except AssertionError as error:

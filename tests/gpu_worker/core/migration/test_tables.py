@@ -155,6 +155,18 @@ def test_deadlines_begin_with_their_phase_and_pauses_end() -> None:
     assert state == Standing(S.RESUMED, again_us=1073), "it is asked on"
 
 
+def test_a_release_during_the_pause_between_two_claims_does_not_end_it() -> None:
+    """Else the claim, which may have been granted, would never be repeated, and the sequence stand still."""
+    state = Standing(T.CLAIMING, until_us=1090)
+    state, _ = transition(TARGET_ROLE, state, TE.UNANSWERED, 1000, LIMITS)
+    state, acts = transition(TARGET_ROLE, state, TE.RELEASED, 1002, LIMITS)
+    assert acts == ()
+    assert due(TARGET_ROLE, state, 1005) is TE.PAUSE_OVER
+    state, acts = transition(TARGET_ROLE, state, TE.PAUSE_OVER, 1005, LIMITS)
+    assert acts == (Act.CLAIM,)
+    assert due(TARGET_ROLE, state, 1006) is None
+
+
 def test_a_target_that_hears_of_its_source_waits_anew() -> None:
     """A reservation ends when its source has not been heard of for a while, not when it takes long."""
     state = begin(TARGET_ROLE, 0, LIMITS)

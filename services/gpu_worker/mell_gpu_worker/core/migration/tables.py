@@ -287,8 +287,10 @@ def transition(
         ), acts
     if event is role.renewing:
         return replace(state, until_us=_until(role, phase, now_us, limits)), acts
-    again_us = now_us + limits.ask_pause_us if Act.PAUSE in acts else None
-    return replace(state, again_us=again_us), acts
+    if Act.PAUSE in acts:
+        return replace(state, again_us=now_us + limits.ask_pause_us), acts
+    # What else comes during a pause does not end it, or nobody would ask again.
+    return replace(state, again_us=None if event is role.pause_over else state.again_us), acts
 
 
 def due(role: Role[P, E], state: Standing[P], now_us: int) -> E | None:
