@@ -10,7 +10,6 @@ from mell_scheduler.core import CoreSettings
 from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings
 from mell_shared.settings import ServiceSettings
 
-
 TICK_S = 0.1
 """Between two ticks of the core."""
 

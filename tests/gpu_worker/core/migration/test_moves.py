@@ -7,7 +7,6 @@ import pytest
 from mell_gpu_worker.core.commands import (
     AskFrontend,
     AskPeer,
-    AskPeer,
     CloseLink,
     OfferKv,
     OpenLink,
