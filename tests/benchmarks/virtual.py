@@ -130,6 +130,7 @@ class _Cluster(Simulation):
         self.links.most_block_us = _MOST_BLOCK_US
         self.watch = _Watch(self.queue, tokens)
         self.judge = self.watch
+        self._around = replace(self._around, judge=self.watch)
 
     def header(self) -> tuple[Any, Any, Any]:
         """What a journal's first line is made of."""
@@ -161,10 +162,10 @@ class _Cluster(Simulation):
         clock = LocalClock(self.queue, 0, 0)
         made: WorkerProcess | FrontendProcess | SchedulerProcess
         if node == "f":
-            made = FrontendProcess(node, name, clock, self.network, self.judge)
+            made = FrontendProcess(node, name, clock, self._around)
         elif node == "s":
             self.watch.schedulers.add(name)
-            made = _Scheduler(node, name, clock, self.network, self.judge, self._store, self._settings)
+            made = _Scheduler(node, name, clock, self._around, self._settings)
         else:
             made = self._worker_at(node, name, clock)
         if not isinstance(made, SchedulerProcess):
@@ -182,7 +183,7 @@ class _Cluster(Simulation):
         )  # fmt: skip
         told = {"kv_bytes_per_token": shape.kv_bytes_per_token, "link_bytes_per_s": _link_bytes_per_s(shape)}
         config = replace(config, spec=config.spec.model_copy(update=told))
-        worker = _Worker(node, clock, self.network, self.links, self.judge, config, shape.step_us)
+        worker = _Worker(node, clock, self._around, config, shape.step_us)
         worker.fixed_us = shape.step_us
         return worker
 
