@@ -108,6 +108,10 @@ class Script:
             commands += self.send(Tick())
         return commands
 
+    def free(self, worker: str) -> int:
+        """Blocks that the core would still give away."""
+        return self.core.ledger.free_blocks(self.core.ledger.workers[worker])
+
     def settle(self) -> None:
         """Pass the time in which a new leader still waits for workers; workers go on reporting themselves empty."""
         for _ in range(6):

@@ -72,10 +72,6 @@ class Packed(Script):
             )
         )
 
-    def free(self, worker: str) -> int:
-        """Blocks that the core would still give away."""
-        return self.core.ledger.free_blocks(self.core.ledger.workers[worker])
-
 
 def test_an_almost_empty_worker_is_emptied() -> None:
     """The order names sequence, generation, target, mode, reason and term."""
@@ -112,6 +108,108 @@ def test_both_ends_are_held_until_the_move_is_settled() -> None:
     assert (scene.free("a"), scene.free("b")) == (before[0] - order.blocks, before[1])
     assert settled(scene.commit(order)) == [("small", "committed")]
     assert (scene.free("a"), scene.free("b")) == (before[0] - order.blocks, before[1] + order.blocks)
+
+
+def test_an_order_tells_what_room_the_plan_counts_on() -> None:
+    """The source asks for no more at the target than what is charged there."""
+    order = Packed().order()
+    assert order.order.planned_tokens == 16 * order.blocks
+
+
+def test_what_is_reserved_for_a_move_is_not_charged_twice() -> None:
+    """A target that reports in mid-move uses blocks for what is on its way, which is no sequence of its own yet."""
+    scene = Packed()
+    order = scene.order()
+    free_blocks = scene.free("a")
+    reserved = order.blocks - 1
+    scene.report("a", *scene.rows["a"], used_blocks=40 + reserved, free_blocks=60 - reserved, reserved_blocks=reserved)
+    assert scene.free("a") == free_blocks
+
+
+def test_what_an_unknown_move_holds_is_charged() -> None:
+    """One that an earlier leader ordered."""
+    scene = Packed()
+    scene.second()
+    free_blocks = scene.free("a")
+    scene.report("a", *scene.rows["a"], used_blocks=47, free_blocks=53, reserved_blocks=7)
+    assert scene.free("a") == free_blocks - 7
+
+
+class Growing(Script):
+    """Worker `a` of 100 blocks holds two sequences that gain three blocks a second each; `b` is empty."""
+
+    def __init__(self, first_report_s: float, **settings: int) -> None:
+        super().__init__("repack", **settings)
+        self.send(LeadershipTaken(7))
+        self.up("a", "b", migration_modes=KV)
+        self.wait(first_report_s)
+        self._tokens = 672
+        self.grow()
+        self.wait(1)
+        self.grow()
+
+    def grow(self) -> None:
+        """The next report of `a`."""
+        self.report("a", ("s1", 1, self._tokens, self._tokens // 16), ("s2", 1, self._tokens, self._tokens // 16))
+        self._tokens += 48
+
+
+def test_a_worker_is_relieved_by_the_last_plan_that_can_do_it_in_time() -> None:
+    """Reported at 2.1 s with 90 blocks it is full at 3.8 s: the plan at 4 s is too late, so that at 3 s has to act."""
+    scene = Growing(1.1)
+    assert scene.free("a") < 0
+    (order,) = orders(scene.wait(1))
+    assert (order.source, order.order.reason) == ("a", "overload")
+
+
+@pytest.mark.parametrize(("report_late_us", "relieved"), [(0, False), (200_000, True)])
+def test_a_report_may_have_to_serve_the_plan_after_the_next(report_late_us: int, relieved: bool) -> None:
+    """Reported at 1.9 s, again at 2.9 s or a little after the plan at 3 s: where that happens, 2 s must act for it."""
+    scene = Growing(0.9, report_late_us=report_late_us)
+    assert (scene.free("a") < 0) == relieved
+    assert bool(orders(scene.wait(0.1))) == relieved
+
+
+def test_moves_that_take_long_are_planned_earlier() -> None:
+    """What a move took lately counts as time for which sizes must fit: for 0.8 s five blocks of two sequences."""
+    free_blocks: dict[float, int] = {}
+    for took_s in (0.0, 0.8):
+        scene = Packed()
+        order = scene.order()
+        scene.wait(took_s)
+        scene.commit(order)
+        scene.wait(0.8 - took_s)
+        scene.report("b")
+        for tokens in (640, 720):
+            scene.report("a", ("big", 1, tokens, 45), ("small", 2, 160, 10))
+        free_blocks[took_s] = scene.free("a")
+    assert free_blocks[0.0] - free_blocks[0.8] == 5
+
+
+def test_who_waits_for_blocks_is_not_moved_but_makes_room_necessary() -> None:
+    """It holds nothing: somebody else has to go for it to run again."""
+    scene = Packed()
+    scene.rows = {"a": [("s1", 1, 800, 50), ("s2", 1, 736, 46), ("w", 1, 80, 0)], "b": []}
+    states = {"used_blocks": 96, "free_blocks": 4, "states": [0, 0, 1]}
+    begun = []
+    for _ in range(4):
+        scene.report("a", *scene.rows["a"], **states)
+        assert scene.free("a") < 0
+        scene.report("b")
+        begun += orders(scene.wait(1))
+        if begun:
+            break
+    assert [order.order.sequence for order in begun] == ["s2"]
+
+
+def test_where_nobody_who_runs_can_go_nothing_is_ordered() -> None:
+    """Least of all for one that waits, though it would fit anywhere."""
+    scene = Packed()
+    scene.rows = {"a": [("s1", 1, 1_536, 96), ("w", 1, 80, 0)], "b": [("s2", 1, 800, 50)]}
+    for _ in range(4):
+        scene.report("a", *scene.rows["a"], used_blocks=96, free_blocks=4, states=[0, 1])
+        scene.report("b", *scene.rows["b"])
+        assert not orders(scene.wait(1))
 
 
 def test_an_emptied_worker_stands_by() -> None:

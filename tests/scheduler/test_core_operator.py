@@ -83,7 +83,7 @@ def test_a_drain_is_ordered_and_its_plan_is_told() -> None:
     assert answers == []
     assert (order.worker, order.order) == ("b", Drain(term=7, deadline_s=30.0))
     assert isinstance(order.reply, DrainReply)
-    assert [(row.sequence, row.target, row.blocks) for row in order.reply.sequences] == [("small", "a", 11)]
+    assert [(row.sequence, row.target, row.blocks) for row in order.reply.sequences] == [("small", "a", 12)]
 
 
 def test_a_rehearsed_drain_changes_nothing() -> None:

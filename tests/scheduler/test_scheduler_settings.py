@@ -6,8 +6,8 @@ from mell_scheduler.settings import SchedulerSettings
 
 
 def test_the_defaults_are_the_cores() -> None:
-    """One truth about defaults: what the core assumes is what the service sets."""
-    assert SchedulerSettings().core_settings() == CoreSettings()
+    """One truth about defaults: what the core assumes is what the service sets, but that only scripts are punctual."""
+    assert SchedulerSettings().core_settings() == CoreSettings(report_late_us=200_000, plan_late_us=100_000)
     policy = PolicySettings(fixed_head_room=0.1, cooldown_epochs=5, max_moves_per_epoch=32)
     assert SchedulerSettings().policy_settings() == policy
 

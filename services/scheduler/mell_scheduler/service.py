@@ -37,7 +37,7 @@ from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
 from mell_scheduler.movers import Movers
 from mell_scheduler.policy import make_policy
-from mell_scheduler.settings import SchedulerSettings
+from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
@@ -56,7 +56,6 @@ from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
 from mell_shared.subjects import Subjects
 
-_TICK_S = 0.1
 _NOT_LEADER = AdminRefused(reason="not_leader", message="this scheduler does not lead: ask again in a moment")
 _UNREADABLE = AdminRefused(reason="invalid", message="the scheduler cannot read this: is it of another release?")
 _LOUD = ("lost", "silent", "refused")
@@ -148,7 +147,7 @@ class SchedulerService:
             self._paused = request.paused
 
     def _start_ticking(self) -> None:
-        self._actor.every(_TICK_S, Tick)
+        self._actor.every(TICK_S, Tick)
 
     def _reconnected(self) -> None:
         self._actor.post(ConnectionRestored())

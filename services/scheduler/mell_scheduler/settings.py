@@ -10,6 +10,9 @@ from mell_scheduler.core import CoreSettings
 from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings
 from mell_shared.settings import ServiceSettings
 
+TICK_S = 0.1
+"""Between two ticks of the core."""
+
 
 class SchedulerSettings(ServiceSettings):
     """How one scheduler places, judges workers, and stands for leader."""
@@ -84,6 +87,8 @@ class SchedulerSettings(ServiceSettings):
         """Return what the core needs to know."""
         return CoreSettings(
             report_interval_us=_us(self.report_interval_s),
+            report_late_us=_us(self.report_interval_s) // 5,
+            plan_late_us=_us(TICK_S),
             submit_timeout_us=_us(self.submit_timeout_s),
             worker_lost_us=_us(self.worker_lost_s),
             worker_grace_us=_us(self.worker_grace_s),

@@ -130,6 +130,8 @@ class WorkerReport(Message):
     draining: bool = False
     step_us: int = Field(default=0, ge=0)
     preemptions: int = Field(default=0, ge=0)
+    reserved_blocks: int = Field(default=0, ge=0)
+    """Of the used ones, those held for sequences on their way here; these have no rows."""
     sequences: tuple[Id, ...] = ()
     generations: Uint32Column = []
     tokens: Uint32Column = []

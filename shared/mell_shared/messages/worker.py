@@ -72,6 +72,8 @@ class Migrate(Message):
     target: Id
     mode: MigrationMode
     split_tokens: int = Field(default=0, ge=0)
+    planned_tokens: int = Field(default=0, ge=0)
+    """The room that the plan counts on at the target, growth on the way included; 0: not told."""
     reason: MigrationReason
     term: int = Field(ge=0)
 

@@ -80,6 +80,7 @@ class Links:
     def __init__(self, queue: EventQueue, chance: Chance, conditions: Conditions) -> None:
         self.corrupting: set[str] = set()
         self.sent_blocks = 0
+        self.most_block_us = _MOST_BLOCK_US
         self._queue = queue
         self._chance = chance
         self._conditions = conditions
@@ -167,7 +168,7 @@ class Links:
         send = _Send(command, source, target, {slot for slot, _ in command.blocks})
         send.damaged = source.worker.node in self.corrupting
         self.corrupting.discard(source.worker.node)
-        took_us = 1 + sum(self._chance.between(100, _MOST_BLOCK_US, "block", *name, slot) for slot in send.left)
+        took_us = 1 + sum(self._chance.between(100, self.most_block_us, "block", *name, slot) for slot in send.left)
         took_us *= source.worker.slowness
         for slot, block in command.blocks:
             at_us = self._chance.between(0, took_us - 1, "copy", *name, slot)

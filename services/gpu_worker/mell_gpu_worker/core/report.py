@@ -25,7 +25,9 @@ class Reporter:
         """Return the next report."""
         number, self.number = self.number, self.number + 1
         # What is on its way here is its source's to report; its blocks count as used all the same.
-        rows = [row for row in (*batcher.running, *batcher.waiting) if not row.unclaimed]
+        everybody = (*batcher.running, *batcher.waiting)
+        rows = [row for row in everybody if not row.unclaimed]
+        coming = [*batcher.arriving, *(row for row in everybody if row.unclaimed)]
         return WorkerReport(
             worker=self._worker,
             number=number,
@@ -34,6 +36,7 @@ class Reporter:
             draining=draining,
             step_us=round(self._step_us),
             preemptions=batcher.preemptions,
+            reserved_blocks=sum(len(row.blocks) for row in coming),
             sequences=tuple(row.sequence for row in rows),
             generations=[row.generation for row in rows],
             tokens=[len(row.token_ids) for row in rows],

@@ -1,7 +1,7 @@
 """What a worker's report changes: sizes, strangers adopted, ends and moves whose news got lost, draining."""
 
 from mell_scheduler.core.ledger import Ledger
-from mell_scheduler.core.records import SequenceRecord, WorkerRecord
+from mell_scheduler.core.records import STATE_RUNNING, SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.scheduler import WorkerReport
@@ -27,7 +27,7 @@ class Intake:
         held_blocks, taken, worker.stale = self._take_rows(worker, report, now_us)
         if taken < len(worker.sequences):
             self._forget_missing(worker, now_us)
-        self._share_out(worker, held_blocks)
+        self._share_out(worker, held_blocks + self._covered_blocks(worker, report), self._set_aside(worker, report))
         self._ledger.set_draining(worker, draining=report.draining)
         self._ledger.refresh_closed(worker)
 
@@ -38,7 +38,7 @@ class Intake:
 
         Returns the blocks of this worker's records, how many told of themselves, and the stale copies.
         """
-        model, limit = self._ledger.model_of(worker), self._settings.growth_limit_tokens
+        model, horizon = self._ledger.model_of(worker), self._ledger.horizon(worker)
         number, here = report.number, worker.sequences
         stale: dict[str, tuple[int, int]] = {}
         names: list[str] = []
@@ -58,7 +58,7 @@ class Intake:
                 if record is None:
                     stale[sequence] = (generation, blocks)
                     continue
-            gain = record.observe(number, tokens, blocks, limit)
+            gain = record.observe(number, tokens, blocks, horizon)
             names.append(record.sequence)  # not the report's: the policy finds an id by identity, without comparing
             sizes.append(record.size_blocks)
             held_blocks += blocks
@@ -67,7 +67,7 @@ class Intake:
         strangers = self._policy.update_gpu(worker.worker_id, names, sizes)
         assert not strangers, "the policy and the ledger disagree on what is where"
         if gainers:
-            model.learn_growth(gained // gainers, limit)
+            model.learn_growth(gained // gainers, horizon.limit_tokens)
         return held_blocks, len(names), stale
 
     def _holder(self, worker: WorkerRecord, sequence: str, generation: int, now_us: int) -> SequenceRecord | None:
@@ -109,12 +109,34 @@ class Intake:
             else:
                 self._ledger.land(record, record.generation, now_us)
 
-    def _share_out(self, worker: WorkerRecord, held_blocks: int) -> None:
+    def _covered_blocks(self, worker: WorkerRecord, report: WorkerReport) -> int:
+        """Of what is held there for sequences on their way, as much as their moves are charged with already."""
+        if not report.reserved_blocks:
+            return 0
+        coming = [r for r in self._ledger.moving.values() if r.migration and r.migration.target == worker.worker_id]
+        return min(report.reserved_blocks, sum(record.size_blocks for record in coming))
+
+    def _set_aside(self, worker: WorkerRecord, report: WorkerReport) -> int:
+        """Blocks that preempted sequences wait for.
+
+        They hold none, and moving them frees none: whoever runs must go instead, so the need is not theirs to carry.
+        """
+        needed = 0
+        for sequence, state in zip(report.sequences, report.states, strict=True) if worker.waiting else ():
+            record = worker.sequences.get(sequence)
+            if state != STATE_RUNNING and record is not None and record.number == worker.number:
+                needed += record.size_blocks - record.blocks
+                record.size_blocks = record.blocks
+                self._policy.update(record.sequence, record.size_blocks)
+        return needed
+
+    def _share_out(self, worker: WorkerRecord, held_blocks: int, needed_blocks: int) -> None:
         """What is used beyond the records is `other`; what rows count twice is `shared`.
 
-        Where a preempted sequence waits, what seems free is withheld: nothing else will be let in.
+        Where a preempted sequence waits, what it needs counts as used, and what then seems free is withheld: nothing
+        else will be let in.
         """
-        worker.other_blocks = worker.used_blocks - held_blocks
+        worker.other_blocks = worker.used_blocks - held_blocks + needed_blocks
         if worker.waiting:
             self._policy.set_other_blocks(worker.worker_id, worker.other_blocks)
             worker.other_blocks += max(0, self._ledger.free_blocks(worker))

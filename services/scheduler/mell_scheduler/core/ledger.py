@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from mell_scheduler.core.history import Chronicle, History, Page, What
-from mell_scheduler.core.records import Migration, ModelRecord, SequenceRecord, WorkerRecord
+from mell_scheduler.core.records import Horizon, Migration, ModelRecord, SequenceRecord, WorkerRecord
 from mell_scheduler.core.values import CoreSettings, MigrationSettled, Outcome
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
 from mell_shared.messages.scheduler import MigrationCommitted, PlaceRequest, SequenceFinished, WorkerSpec
@@ -36,6 +36,10 @@ class Ledger:
         self.history = History(settings.remembered_sequences)
         self.now_us = 0
         """The time of the event that is being taken."""
+        self.plan_us = 0
+        """When moves are planned next."""
+        self._move_us: int | None = None
+        """What moves took lately; None: none was made."""
 
     # --- workers
 
@@ -86,6 +90,23 @@ class Ledger:
     def model_of(self, worker: WorkerRecord) -> ModelRecord:
         """The model that a worker serves."""
         return self.models[worker.spec.model]
+
+    def horizon(self, worker: WorkerRecord) -> Horizon:
+        """How far ahead a worker's sizes reported now are predicted: see `Horizon`."""
+        settings = self._settings
+        interval_us = ahead_us = settings.report_interval_us
+        if worker.modes:
+            late_us = (self._move_us or 0) + settings.plan_late_us
+            ahead_us = self._last_plan_us(interval_us) + settings.epoch_us + late_us
+        return Horizon(ahead_us, interval_us, settings.growth_limit_tokens)
+
+    def _last_plan_us(self, interval_us: int) -> int:
+        """From now until the last plan that this report may be used for: the next one comes, late, only after that."""
+        next_us = max(0, self.plan_us - self.now_us)
+        left_us = interval_us + self._settings.report_late_us - next_us
+        epoch_us = self._settings.epoch_us
+        # At the very moment of a plan the report comes first.
+        return next_us + (left_us - 1) // epoch_us * epoch_us if left_us > 0 else interval_us
 
     def free_blocks(self, worker: WorkerRecord) -> int:
         """What the policy may still give away there; negative when growth is predicted to overload it."""
@@ -151,6 +172,9 @@ class Ledger:
         assert migration is not None, "it moves"
         del self.moving[record.sequence]
         settled = migration.settled(outcome, reason, self.now_us, told)
+        if outcome == "committed":
+            took_us = min(settled.took_us, self._settings.epoch_us)
+            self._move_us = took_us if self._move_us is None else (7 * self._move_us + took_us) // 8
         self.settled.append(settled)
         what: What = "moved" if outcome == "committed" else "stayed"
         chronicle = self._note(record, what, reason, migration=migration.migration, settled=settled)

@@ -94,6 +94,7 @@ class Migrations:
             target=move.target,
             mode=transfer.mode.value,
             split_tokens=transfer.recomputed_tokens if transfer.mode is Mode.HYBRID else 0,
+            planned_tokens=move.size_blocks * record.worker.block_tokens,
             reason=_REASONS[move.reason.name],
             term=self.term,
         )

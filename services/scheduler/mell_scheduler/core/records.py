@@ -1,13 +1,27 @@
 """What the core knows of each sequence, worker and model: plain state, kept in step by `Ledger` alone."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mell_scheduler.core.values import MigrationSettled, Outcome
 from mell_scheduler.policy.transfer import Transfer
 from mell_shared.messages.scheduler import MigrationCommitted, WorkerReport, WorkerSpec
 
-_STATE_RUNNING = 0
+STATE_RUNNING = 0
+
+
+class Horizon(NamedTuple):
+    """How far ahead a report's sizes are predicted.
+
+    What the next plan leaves as it is, only the plan after it can cure, and its moves take their time: sizes must
+    fit until then, or workers preempt what could have been moved. Where nothing can be moved: one report.
+    """
+
+    ahead_us: int
+    interval_us: int
+    """Between two reports: growth is told per report."""
+    limit_tokens: int
+    """Most growth that is predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +89,12 @@ class SequenceRecord:
         self.generation = generation
         self.worker = worker
         self.growth_tokens = growth_tokens
-        """Tokens it is predicted to grow by in one epoch."""
+        """Tokens it grows by between two reports."""
         self.tokens = 0
         self.blocks = 0
         """As last reported; 0 while pending."""
         self.size_blocks = 0
-        """Predicted for the end of the next epoch."""
+        """Predicted for the time at which moves of the plan after the next one are done."""
         self.cap_tokens: int | None = None
         """Prompt and output limit, where the request said so."""
         self.pending_until_us: int | None = None
@@ -97,17 +111,18 @@ class SequenceRecord:
             return "moving"
         return "running" if self.pending_until_us is None else "placed"
 
-    def observe(self, report_number: int, tokens: int, blocks: int, growth_limit: int) -> int:
+    def observe(self, report_number: int, tokens: int, blocks: int, horizon: Horizon) -> int:
         """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
         gain = -1
         if self.number >= 0:
             gain = (tokens - self.tokens) // (report_number - self.number) if tokens > self.tokens else 0
             # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
             decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
-            self.growth_tokens = min(growth_limit, max(gain, decayed, 1))
+            self.growth_tokens = min(horizon.limit_tokens, max(gain, decayed, 1))
         self.number, self.tokens, self.blocks = report_number, tokens, blocks
         self.pending_until_us = None
-        worker, predicted = self.worker, tokens + self.growth_tokens
+        growth = -(-self.growth_tokens * horizon.ahead_us // horizon.interval_us)
+        worker, predicted = self.worker, tokens + min(growth, horizon.limit_tokens)
         cap = self.cap_tokens
         if cap is None or cap > worker.max_total_tokens:
             cap = worker.max_total_tokens
@@ -195,7 +210,7 @@ class WorkerRecord:
         self.heard_us = now_us
         self.number = report.number
         self.step_us = report.step_us
-        self.running = report.states.count(_STATE_RUNNING)
+        self.running = report.states.count(STATE_RUNNING)
         self.waiting = len(report.states) - self.running
         self.used_blocks = max(0, self.spec.kv_blocks - report.free_blocks)
 

@@ -68,8 +68,7 @@ class SchedulerCore:
         self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
         self._heard_all_us = now_us + 2 * settings.report_interval_us
         self._now_us = self.ledger.now_us = now_us
-        self._epoch_us = self._heard_all_us
-        """When moves are planned next: never before everybody should have been heard."""
+        self.ledger.plan_us = self._heard_all_us  # never before everybody should have been heard
 
     @property
     def moves_paused(self) -> bool:
@@ -257,11 +256,11 @@ class SchedulerCore:
 
     def _epoch(self) -> list[Command]:
         """The moves of an epoch, when one is due, and how many workers there should be."""
-        late_us = self._now_us - self._epoch_us
+        late_us = self._now_us - self.ledger.plan_us
         if late_us < 0:
             return []
         interval_us = self.settings.epoch_us
-        self._epoch_us += (late_us // interval_us + 1) * interval_us
+        self.ledger.plan_us += (late_us // interval_us + 1) * interval_us
         return [*self._migrations.plan(self._now_us), *self.scaling.review()]
 
     def _ended(self) -> list[Command]:

@@ -34,11 +34,15 @@ class CoreSettings:
     """What the core needs to know; times are integer microseconds."""
 
     report_interval_us: int = 1_000_000
-    """Workers report this often; also the horizon of growth predictions."""
+    """Workers report this often."""
     epoch_us: int = 1_000_000
     """Time between two plans of moves."""
     submit_timeout_us: int = 5_000_000
     """A placement that no report confirms stops counting after this."""
+    report_late_us: int = 0
+    """By so much reports are taken to be late at times; that long an older one is all that a plan has."""
+    plan_late_us: int = 0
+    """A plan is made with the first tick after it is due: at most so much later."""
     missed_reports: int = 3
     """After so many missed reports a worker gets no placements."""
     worker_lost_us: int = 10_000_000

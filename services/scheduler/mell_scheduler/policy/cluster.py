@@ -227,9 +227,9 @@ class Cluster:
             self.watcher.item_moved(item)
 
     def may_move(self, item: ItemState) -> bool:
-        """Not moving already, nor backing off after a failed move; its GPU is heard and can let it go."""
+        """It holds something, does not move or back off after a failed move; its GPU is heard and can let it go."""
         gpu = item.gpu
-        free = item.source is None and not gpu.paused and not gpu.spec.fixed
+        free = item.planned > 0 and item.source is None and not gpu.paused and not gpu.spec.fixed
         return free and item.rest_until_epoch <= self.epoch_number
 
     def may_move_rested(self, item: ItemState) -> bool:

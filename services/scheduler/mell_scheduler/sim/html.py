@@ -42,6 +42,26 @@ def as_html(report: Report) -> str:
     )
 
 
+def as_svg(title: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """One plot as a file of its own: times and values of each line by its name, and a key."""
+    top = _rounded_up(max((max(values, default=0.0) for _, values in lines.values()), default=0.0) or 1.0)
+    end_s = max([1.0, *(time_s[-1] for time_s, _ in lines.values() if time_s)])
+    paths = "".join(
+        f'<polyline fill="none" stroke="{_colour(at)}" stroke-width="1.5"'
+        f' points="{_points(time_s, values, end_s, top)}"/>'
+        for at, (time_s, values) in enumerate(lines.values())
+    )
+    words = "".join(
+        f'<text x="{_MARGIN + at * 150}" y="{_HEIGHT + 16}" fill="{_colour(at)}">{escape(name)}</text>'
+        for at, name in enumerate(lines)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT + 24}" '
+        f'font-family="system-ui,sans-serif" font-size="12"><title>{escape(title)}</title>'
+        f'<rect width="{_WIDTH}" height="{_HEIGHT + 24}" fill="#fff"/>{_axes(end_s, top)}{paths}{words}</svg>\n'
+    )
+
+
 _LATENCIES = (
     ("Time to first token, median of a minute's arrivals, s", "ttft_p50_s"),
     ("Time to first token, 90% of a minute's arrivals, s", "ttft_p90_s"),

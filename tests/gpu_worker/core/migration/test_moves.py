@@ -125,6 +125,18 @@ def failures(source: CoreWorld) -> list[str]:
     return [event.reason for event in events if isinstance(event, MigrationFailed)]
 
 
+@pytest.mark.parametrize(("planned_tokens", "growth_tokens"), [(0, 39), (36, 20), (17, 8), (4_000, 39)])
+def test_a_source_asks_for_the_room_that_was_planned(planned_tokens: int, growth_tokens: int) -> None:
+    """What its 16 tokens need to get there, at least a few steps; where the plan does not say, a fixed amount."""
+    source = world()
+    source.ask(submit(prompt=b"hello, my dear", max_tokens=41))
+    source.finish_step()
+    source.finish_step()
+    source.ask(migrate(planned_tokens=planned_tokens))
+    (question,) = (c.message for c in only(AskPeer, source.commands) if isinstance(c.message, ReserveKv))
+    assert question.growth_tokens == growth_tokens
+
+
 # --- orders that are refused
 
 
@@ -493,7 +505,7 @@ def test_reports_count_what_is_held_and_list_only_what_is_owned() -> None:
     offer, _ = held(target)
     target.tell(TimePassed(), after_us=SECOND_US)
     report = [c.message for c in only(PublishEvent, target.commands) if isinstance(c.message, WorkerReport)][-1]
-    assert report.used_blocks == len(offer.blocks)
+    assert report.used_blocks == report.reserved_blocks == len(offer.blocks)
     assert report.sequences == ()
 
 

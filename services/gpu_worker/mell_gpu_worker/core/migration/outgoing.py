@@ -22,6 +22,10 @@ LOGPROBS_TOLD = 64
 """Outputs at the end whose log-probabilities go along: a frontend lags that far behind only if messages were lost."""
 
 
+_LEAST_GROWTH = 8
+"""Room asked for beyond the tokens so far even where the plan left none: a few steps."""
+
+
 class LinkState(Enum):
     """This end of a migration's transfer."""
 
@@ -94,8 +98,11 @@ class Outgoing:
         return len(self.sequence.token_ids) + 2 > room
 
     def reserve(self, growth_tokens: int, model: str, kv_layout: str) -> ReserveKv:
-        """Return the question for room."""
+        """Return the question for room: what the plan counts on, if it says, with growth of at most `growth_tokens`."""
         sequence = self.sequence
+        if self.order.planned_tokens:
+            planned = self.order.planned_tokens - len(sequence.token_ids)
+            growth_tokens = max(_LEAST_GROWTH, min(planned, growth_tokens))
         return ReserveKv(
             migration=self.migration,
             sequence=sequence.sequence,
