@@ -177,11 +177,10 @@ def _id(order: Migrate) -> int:
         (CommandInvalid(message="unknown kind"), "unsupported"),
         (SubmitAccepted(), "unsupported"),
         (b"\xc1", "unsupported"),
-        (None, "unreachable"),
     ],
-    ids=["unsupported", "superseded", "an older release", "nonsense", "no message", "silence"],
+    ids=["unsupported", "superseded", "an older release", "nonsense", "no message"],
 )
-def test_a_refused_order_comes_back_as_a_failure(answer: Message | bytes | None, reason: str, tmp_path: Path) -> None:
+def test_a_refused_order_comes_back_as_a_failure(answer: Message | bytes, reason: str, tmp_path: Path) -> None:
     """Whatever a source answers but yes: the move is over, both ends are free, and the log shows why."""
     path = tmp_path / "events.jsonl"
 
@@ -205,6 +204,29 @@ def test_a_refused_order_comes_back_as_a_failure(answer: Message | bytes | None,
     run_virtually(main())
     failures = [event for _, event, _ in replay(path.read_text().splitlines()) if isinstance(event, MigrationFailed)]
     assert [failure.reason for failure in failures][:1] == [reason]
+
+
+def test_an_order_without_an_answer_is_repeated_not_given_up() -> None:
+    """The source may have begun, and only the answer be lost: both ends stay held, and a repeat gets the answer."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            workers: dict[str, MovingWorker] = {}
+            for name, rows in {"a": [("big", 1, 640, 40)], "b": [("small", 1, 160, 10)]}.items():
+                worker = MovingWorker(stage, name, workers)
+                worker.rows, worker.answers = list(rows), [None]
+                stage.tasks.append(stage.group.create_task(worker.run()))
+            scheduler = stage.scheduler()
+            await asyncio.sleep(9.0)
+            (orders,) = [worker.orders for worker in workers.values() if worker.orders]
+            assert len(orders) >= 2
+            assert orders[0] == orders[1]
+            told = await status(stage.bus())
+            assert (told.migrations_failed, told.migrated) == (0, 1)
+            scheduler.stop.set()
+            await scheduler.task
+
+    run_virtually(main())
 
 
 def test_a_log_is_decided_again_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Orders sent to workers: what is not an acceptance becomes an event for the core, or an operator's answer."""
 
 from mell_scheduler.core import OrderDrain, StartMigration
-from mell_shared.bus import Bus, BusError
+from mell_shared.bus import Bus, BusError, RequestTimeoutError
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.admin import AdminRefused, DrainReply
 from mell_shared.messages.scheduler import MigrationFailed
@@ -12,8 +12,12 @@ from mell_shared.messages.worker import (
     DrainSet,
     MigrateAccepted,
     MigrateRefused,
+    WorkerReply,
 )
 from mell_shared.subjects import Subjects
+
+_TRIES = 3
+"""Times that an order to move is sent while no answer comes; a repeat gets the first answer."""
 
 
 class Movers:
@@ -25,25 +29,25 @@ class Movers:
         self._timeout_s = timeout_s
 
     async def order(self, command: StartMigration) -> MigrationFailed | None:
-        """Send an order; None if the source begins, else why it does not, as far as is known."""
-        order = command.order
+        """Send an order; None if the source begins, or may have: its events, or the core's deadline, decide then.
+
+        Else why it does not.
+        """
         try:
-            subject = self._subjects.worker_commands(command.source)
-            reply = decode(WORKER_REPLY, await self._bus.request(subject, encode(order), self._timeout_s))
+            data = await self._request(self._subjects.worker_commands(command.source), encode(command.order))
+            return None if data is None else _failure(command, decode(WORKER_REPLY, data))
         except BusError as error:
             return _failed(command, "unreachable", str(error))
         except InvalidMessageError as error:
             return _failed(command, "unsupported", f"an answer that makes no sense: {error}")
-        match reply:
-            case MigrateAccepted():
-                return None
-            case MigrateRefused(reason=reason, message=message):
-                return _failed(command, reason, message)
-            case CommandInvalid(message=message):
-                # A worker of a release that knows no moves.
-                return _failed(command, "unsupported", message)
-            case _:
-                return _failed(command, "unsupported", f"answered {reply.kind}")
+
+    async def _request(self, subject: str, order: bytes) -> bytes | None:
+        for _ in range(_TRIES):
+            try:
+                return await self._bus.request(subject, order, self._timeout_s)
+            except RequestTimeoutError:
+                continue
+        return None
 
     async def drain(self, command: OrderDrain) -> DrainReply | AdminRefused:
         """Send an order to drain, or the end of one; returns what to tell the operator."""
@@ -63,6 +67,19 @@ class Movers:
                 return AdminRefused(reason="stopping", message=f"{worker}: {message}, and drains by itself")
             case _:
                 return AdminRefused(reason="unsupported", message=f"{worker} is of a release that cannot be drained")
+
+
+def _failure(command: StartMigration, reply: WorkerReply) -> MigrationFailed | None:
+    match reply:
+        case MigrateAccepted():
+            return None
+        case MigrateRefused(reason=reason, message=message):
+            return _failed(command, reason, message)
+        case CommandInvalid(message=message):
+            # A worker of a release that knows no moves.
+            return _failed(command, "unsupported", message)
+        case _:
+            return _failed(command, "unsupported", f"answered {reply.kind}")
 
 
 def _failed(command: StartMigration, reason: str, message: str) -> MigrationFailed:
