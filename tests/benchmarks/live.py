@@ -23,6 +23,8 @@ from mell_shared.messages.scheduler import WorkerReport
 from tests.cluster.stack import Service, Stack, eventually
 
 _LOADING_S = 120.0
+LONGEST_WAIT_S = 600.0
+"""No request is turned away: all policies must do the same work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class LiveCluster:
     def _start(self) -> None:
         shape = self._shape
         flags = ["--policy", self._policy, "--epoch-s", str(shape.epoch_s), "--event-log", str(self._event_log)]
+        flags += ["--queue-wait-s", str(LONGEST_WAIT_S)]
         self._scheduler = self._stack.start("mell_scheduler", *flags, "--log-level", "debug")
         engine = ["--engine", "fake", "--kv-blocks", str(shape.kv_blocks), "--block-tokens", str(shape.block_tokens)]
         engine += ["--fake-step-us", str(shape.step_us), "--fake-kv-bytes-per-token", str(shape.kv_bytes_per_token)]

@@ -22,7 +22,7 @@ from mell_shared.messages.frontend import Claim, FrontendReply, TokensGenerated
 from mell_shared.messages.sampling import SamplingParams
 from mell_shared.messages.worker import Submit
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
-from tests.benchmarks.live import LiveRun, Shape, told
+from tests.benchmarks.live import LONGEST_WAIT_S, LiveRun, Shape, told
 from tests.cluster.simulation.clock import SECOND_US, EventQueue, LocalClock
 from tests.cluster.simulation.frontend import FrontendProcess
 from tests.cluster.simulation.judge import Judge
@@ -125,7 +125,7 @@ class _Cluster(Simulation):
         super().__init__(Scenario(0, policy, shapes, ("f",), ("s",), (), ()))
         self._shape = shape
         self._settings = SchedulerSettings(
-            policy=policy, epoch_s=shape.epoch_s, report_interval_s=shape.epoch_s, lease="on"
+            policy=policy, epoch_s=shape.epoch_s, report_interval_s=shape.epoch_s, queue_wait_s=LONGEST_WAIT_S
         )
         self.links.most_block_us = _MOST_BLOCK_US
         self.watch = _Watch(self.queue, tokens)
