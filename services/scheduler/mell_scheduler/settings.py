@@ -46,7 +46,9 @@ class SchedulerSettings(ServiceSettings):
     queue_renew_s: float = Field(3.0, gt=0, description="A waiting request not repeated for this long is dropped.")
     epoch_s: float = Field(1.0, gt=0, le=60, description="Time between two plans of moves.")
     migrate_timeout_s: float = Field(2.0, gt=0, description="How long a worker may take to answer an order to move.")
-    migration_timeout_s: float = Field(30.0, gt=0, description="A move not heard of for this long has failed.")
+    migration_timeout_s: float = Field(
+        45.0, gt=0, description="A move not heard of for this long has failed; over what workers allow it in all."
+    )
     cooldown_epochs: int = Field(
         5, ge=0, description="Epochs a moved sequence rests; overload and drain may move it sooner."
     )

@@ -67,7 +67,7 @@ class CoreSettings:
     step_per_sequence_ns: int = 0
     step_per_block_ns: int = 0
     """A decode step's predicted time. All 0: unknown, so that the number of sequences is the second capacity."""
-    migration_timeout_us: int = 30_000_000
+    migration_timeout_us: int = 45_000_000
     """A move that nothing has settled by then has failed."""
     transfer_limit_us: int = 5_000_000
     """A move is begun only if its links and its target are through with it, and all under way, in this time."""
