@@ -31,7 +31,7 @@ from tests.cluster.simulation.play import Failure, play
 from tests.cluster.simulation.scenario import draw
 
 Patch = pytest.MonkeyPatch
-MOST_SEEDS = 30
+MOST_SEEDS = 60
 """Fewer than the suite runs."""
 
 

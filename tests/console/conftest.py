@@ -20,7 +20,8 @@ def program() -> ProgramMaker:
         prelude = (
             "import json, os, signal, sys, time\n"
             "def say(event, level='info', **fields):\n"
-            "    print(json.dumps({'event': event, 'level': level, **fields}), flush=True)\n"
+            # In one write and past `print`, which a signal handler must not call while the program is in it.
+            "    os.write(1, json.dumps({'event': event, 'level': level, **fields}).encode() + b'\\n')\n"
         )
         command = (sys.executable, "-c", prelude + source, *arguments)
         return ChildSpec(name, command, dict(os.environ))
