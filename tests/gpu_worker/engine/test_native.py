@@ -20,30 +20,16 @@ from mell_gpu_worker.engine.runner import Runner, StepRunner
 from mell_gpu_worker.engine.torch_engine import TorchEngine
 from tests.gpu_worker.engine.conftest import MakeEngine
 from tests.gpu_worker.engine.driver import GREEDY, Driver, Job
-from tests.gpu_worker.engine.families import VOCAB, WINDOW, make_config, save_model
+from tests.gpu_worker.engine.families import FAMILIES, VOCAB, make_config, save_model
 from tests.gpu_worker.engine.reference import Tally, generate
 
 WIDE = {"head_dim": 16, "vocab_size": VOCAB + 3, "intermediate_size": 72}
 """A head size that the C++ step takes, and sizes that do not fill the last panel."""
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
+    **{name: FAMILIES[name] for name in ("llama", "llama3_rope", "mistral", "qwen2", "qwen3")},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "one_kv_head": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 32},
-    "llama3_rope": {
-        "model_type": "llama",
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
-    "mistral": {"model_type": "mistral", "sliding_window": WINDOW},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {"model_type": "qwen3"},
 }
 Made = Callable[[str], tuple[Path, Any]]
 

@@ -117,11 +117,6 @@ class GpuRecord:
         self.listed_standby = False
 
     @property
-    def memory_free(self) -> int:
-        """Free KV blocks; negative when overloaded."""
-        return self.capacity - self.used - self.other
-
-    @property
     def free(self) -> int:
         """The largest item that can be added, by both capacities; may be negative."""
         return room(self.spec, self.used + self.other, self.count)
