@@ -600,6 +600,9 @@ def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFa
     told = source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, failure))
     assert [ask.message for ask in only(AskPeer, told)] == [ReleaseKv(migration="m1")]
     assert failures(source) in (["timeout"], ["unreachable"], ["unsupported"])
+    again = source.ask(migrate())
+    assert isinstance(again, MigrateRefused), "whoever leads only now has not heard of the failure"
+    assert [again.reason] == failures(source)
     source.run()
     assert len(source.output()) == 40
 
