@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 # How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
 MINUTES ?= 30
 
-.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload reliability docker-test gpu-test clean
 
 venv: $(STAMP)
 
@@ -57,6 +57,12 @@ fuzz: venv
 
 soak-overload: venv
 	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
+
+# Every fault in real processes; writes what clients saw of each into docs/reliability.md.
+reliability: venv
+	rm -rf build/faults && mkdir -p build/faults
+	MELL_FAULTS_FOLDER=build/faults $(BIN)/python -m pytest -m connected --timeout 300 $(ARGS) tests/cluster/faults
+	$(BIN)/python -m tests.cluster.faults.report build/faults
 
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests

@@ -283,6 +283,24 @@ def test_a_pause_outlasts_the_only_scheduler() -> None:
     run_virtually(main())
 
 
+def test_a_pause_is_kept_again_by_a_broker_that_has_lost_its_store() -> None:
+    """The leader writes it down anew when its connection is back."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            only = stage.scheduler("s1", lease=True)
+            await asyncio.sleep(1.0)
+            await ask(stage.bus(), MovingRequest(paused=True))
+            only.bus.disconnect()
+            kept = stage.kept.read("moves")
+            assert kept is not None
+            stage.kept.replace("moves", None, kept.revision)
+            only.bus.reconnect()
+            await until(lambda: stage.kept.read("moves") is not None)
+
+    run_virtually(main())
+
+
 def test_a_pause_that_is_not_kept_is_told_so() -> None:
     """It holds all the same, for the schedulers that run."""
 

@@ -151,6 +151,10 @@ class SchedulerService:
         if core is not None and not self._told_to_pause and core.moves_paused != paused:
             self._actor.post(OperatorAsked("", MovingRequest(paused=paused)))
 
+    async def _keep_on_pausing(self) -> None:
+        """Write it down again: the broker may have come back without its store."""
+        await self._pause.keep(paused=True)
+
     def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
         """Answer an operator when what was said is written down, or say that it is not."""
 
@@ -223,6 +227,8 @@ class SchedulerService:
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
             self._core = None
+        elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
+            self._actor.spawn(self._keep_on_pausing())
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
             self._actor.post(ConnectionRestored())
