@@ -115,16 +115,19 @@ class Intake:
     def _set_aside(self, worker: WorkerRecord, report: WorkerReport) -> int:
         """Blocks that preempted sequences wait for.
 
-        They hold none, and moving them frees none: whoever runs must go instead, so the need is not theirs to carry.
+        They hold none, and moving them frees none: where they cannot go whoever runs must, so the need is not theirs to
+        carry.
         """
-        needed = 0
+        worker.preempted = {}
         for sequence, state in zip(report.sequences, report.states, strict=True) if worker.waiting else ():
             record = worker.sequences.get(sequence)
-            if state != STATE_RUNNING and record is not None and record.number == worker.number:
-                needed += record.size_blocks - record.blocks
+            if state == STATE_RUNNING or record is None or record.number != worker.number:
+                continue
+            if record.migration is None:
+                worker.preempted[record.sequence] = record.size_blocks - record.blocks
                 record.size_blocks = record.blocks
                 self._policy.update(record.sequence, record.size_blocks)
-        return needed
+        return sum(worker.preempted.values())
 
     def _share_out(self, worker: WorkerRecord, held_blocks: int, needed_blocks: int) -> None:
         """What is used beyond the records is `other`; what rows count twice is `shared`.

@@ -106,6 +106,11 @@ class SequenceRecord:
         """The report that told of it last; -1: none of this worker's."""
 
     @property
+    def waits(self) -> bool:
+        """Preempted: its worker has it and it holds nothing there, so nothing of it could be copied."""
+        return self.pending_until_us is None and not self.blocks
+
+    @property
     def state(self) -> Literal["running", "placed", "moving"]:
         """How far it is; `placed` is not confirmed by a report."""
         if self.migration is not None:
@@ -124,6 +129,7 @@ class WorkerRecord:
         "number",
         "other_blocks",
         "pool",
+        "preempted",
         "running",
         "sequences",
         "shared_blocks",
@@ -155,6 +161,8 @@ class WorkerRecord:
         self.shared_blocks = 0
         """How often blocks are counted more than once in its rows."""
         self.sequences: dict[str, SequenceRecord] = {}
+        self.preempted: dict[str, int] = {}
+        """Sequences that wait there for room and hold none, with the blocks each needs; charged as `other`."""
         self.stale: dict[str, tuple[int, int]] = {}
         """Superseded copies it still holds: sequence -> (generation, blocks)."""
 
