@@ -239,9 +239,8 @@ class Source:
         phase = move.standing.phase
         if phase is SourcePhase.OVER:
             return None
-        if not move.sequence.live:
-            return SourceEvent.LOST
-        if move.sequence.phase is Phase.WAITING and phase in _WHOLE and move.needs_blocks:
+        preempted = move.sequence.phase is Phase.WAITING and phase in _WHOLE
+        if not move.sequence.live or (preempted and move.needs_blocks):
             return SourceEvent.LOST
         if phase is SourcePhase.COPYING and self._tail_small(move):
             return SourceEvent.TAIL_SMALL
