@@ -132,7 +132,7 @@ async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport
         settings.profile_s, settings.profile_stretch, settings.max_sequences, settings.max_step_tokens
     )
     profile: Profile = ()
-    if settings.profile_s and settings.migration_modes:
+    if settings.profile_s and settings.migration_modes and not parts.engine.spec.can.own_pace:
         try:
             profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
         except EngineError as error:

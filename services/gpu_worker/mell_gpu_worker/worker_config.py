@@ -45,7 +45,7 @@ def core_config(
         status_interval_us=round(settings.status_interval_s * 1e6),
         frontend_silence_us=round(settings.frontend_silence_s * 1e6),
         stop_deadline_us=round(settings.stop_deadline_s * 1e6),
-        engine=engine.can,
+        can=engine.can,
         moves=MoveLimits(
             max_outgoing=settings.max_outgoing_moves,
             max_incoming=settings.max_incoming_moves,

@@ -17,7 +17,7 @@ class AdmissionRules:
 
     spec: WorkerSpec
     vocab_size: int
-    engine: Capabilities = field(default_factory=Capabilities)
+    can: Capabilities = field(default_factory=Capabilities)
 
     def refusal(self, submit: Submit, grammar_fault: str | None) -> SubmitRefused | None:
         """Return why no worker like this one should ever run `submit`, or None."""
@@ -27,7 +27,7 @@ class AdmissionRules:
         if submit.model != self.spec.model:
             text = f"this worker serves {self.spec.model!r}, not {submit.model!r}"
             return SubmitRefused(reason="wrong_model", message=text)
-        fault = self._fault(submit) or self.engine.fault(submit.sampling, len(submit.output_ids)) or grammar_fault
+        fault = self._fault(submit) or self.can.fault(submit.sampling, len(submit.output_ids)) or grammar_fault
         if fault:
             return SubmitRefused(reason="bad_request", message=fault)
         limit = self.spec.max_total_tokens

@@ -21,4 +21,4 @@ class WorkerConfig:
     frontend_silence_us: int
     stop_deadline_us: int
     moves: MoveLimits = field(default_factory=MoveLimits)
-    engine: Capabilities = field(default_factory=Capabilities)
+    can: Capabilities = field(default_factory=Capabilities)

@@ -80,7 +80,7 @@ class WorkerCore:
             root_digest(spec.model, spec.kv_layout),
             max_step_tokens=config.max_step_tokens,
             max_sequences=spec.max_sequences,
-            chunked_prefill=config.engine.chunked_prefill,
+            chunked_prefill=config.can.chunked_prefill,
         )
         self._estimate = Estimate(self.batcher)
         self._residents = Residents(spec.worker, self.batcher, self.streams)
@@ -242,7 +242,7 @@ class WorkerCore:
         if rows:
             self._resting = False
             said.append(RunStep(tuple(rows)))
-        elif self.config.engine.own_pace and not self._resting:
+        elif self.config.can.own_pace and not self._resting:
             self._resting = True
             said.append(Rest())
         return said
@@ -250,7 +250,7 @@ class WorkerCore:
     def _take_step(self, result: StepResult) -> list[Command]:
         progress = self.batcher.commit(result)
         self._residents.stepped_us = self._now_us
-        if self.batcher.decodes_only and not self.config.engine.own_pace:
+        if self.batcher.decodes_only and not self.config.can.own_pace:
             self._reporter.decode_took(result.step_us)
         said: list[Command] = []
         tables: dict[str, TokensTable] = {}

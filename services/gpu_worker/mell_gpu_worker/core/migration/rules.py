@@ -26,7 +26,7 @@ def fault(asked: ReserveKv, config: WorkerConfig, grammar_fault: str | None) -> 
     if found is not None:
         return "unsupported", found
     # About this sequence only: the next between the same two workers may well move.
-    bound = config.engine.fault(asked.sampling, len(asked.output_ids))
+    bound = config.can.fault(asked.sampling, len(asked.output_ids))
     return _fault_of_ids(asked, config) if bound is None else ("bound", bound)
 
 

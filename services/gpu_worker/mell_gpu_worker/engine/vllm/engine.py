@@ -71,6 +71,7 @@ class VllmEngine:
         """Look at what has come for `rows`; see `PacedEngine`. Raises `EngineError` if its own server has ended."""
         began_ns = time.perf_counter_ns()
         self._check_process()
+        self._streaming.check()
         self._news.clear()
         self._keep({row.sequence for row in rows})
         for row in rows:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mell_gpu_worker.core.step import SampledToken
 from mell_gpu_worker.engine.vllm.api import (
@@ -78,17 +79,28 @@ class Streaming:
         self._told = told
         self.token_s = 0.0
         """Mean time between two tokens of a stream; 0: not known."""
+        self._bug: BaseException | None = None
 
     def open(self, stream: Stream) -> None:
         """Begin; to be called on the loop."""
         if not stream.closed:
             stream.task = asyncio.get_running_loop().create_task(self._run(stream))
+            stream.task.add_done_callback(self._ended)
 
     def close(self, stream: Stream) -> None:
         """End, at the server too; to be called on the loop, safe to repeat."""
         stream.closed = True
         if stream.task is not None:
             stream.task.cancel()
+
+    def check(self) -> None:
+        """Raise what no stream should ever have raised: a bug, which must not look like a server that is slow."""
+        if self._bug is not None:
+            raise self._bug
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._bug = self._bug or task.exception()
 
     async def _run(self, stream: Stream) -> None:
         attempts = 0
@@ -160,7 +172,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
                 if data == b"[DONE]":
                     return
                 yield data
-    except ValueError as error:
+    except (ValueError, HttpProcessingError) as error:
         raise WrongAnswerError("a line that does not end") from error
 
 
