@@ -33,6 +33,7 @@ from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.moves import outcome_status
 from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
 from mell_scheduler.event_log import EventLog
+from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
 from mell_scheduler.movers import Movers
@@ -42,6 +43,7 @@ from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
+from mell_shared.events.outbox import Emit, nowhere
 from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
@@ -84,7 +86,16 @@ class Contest(Protocol):
 class SchedulerService:
     """One scheduler process. While it leads it has a core and listens; else it only stands for leader."""
 
-    def __init__(self, bus: Bus, settings: SchedulerSettings, contest: Contest, *, process: str, clock: Clock) -> None:
+    def __init__(  # noqa: PLR0913 - what a process is made of
+        self,
+        bus: Bus,
+        settings: SchedulerSettings,
+        contest: Contest,
+        *,
+        process: str,
+        clock: Clock,
+        emit: Emit = nowhere,
+    ) -> None:
         self._bus = bus
         self._settings = settings
         self._contest = contest
@@ -96,6 +107,7 @@ class SchedulerService:
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
+        self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
         self._paused = False
@@ -173,6 +185,7 @@ class SchedulerService:
         now_us = self._clock.now_us()
         if isinstance(event, LeadershipTaken) and self._contest.leads():
             self._core = self._new_core(now_us)
+            self.herald.begin(self._core, event.term)
             await self._listen()  # before the core asks for reports
         core = self._core
         if core is None or not self._may_decide(event):
@@ -184,6 +197,7 @@ class SchedulerService:
         before_ns = time.perf_counter_ns()
         commands = core.handle(event, now_us)
         self._decision_seconds.labels(type(event).__name__).observe((time.perf_counter_ns() - before_ns) / 1e9)
+        self.herald.tell(event, commands)
         for command in commands:
             await self._carry_out(command, event)
         await self._follow_up(event)
@@ -205,6 +219,7 @@ class SchedulerService:
                 self._actor.post(OperatorAsked("", MovingRequest(paused=True)))
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
+            self.herald.end()
             self._core = None
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
