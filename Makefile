@@ -43,6 +43,7 @@ format: venv
 
 docs: venv
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/generate_asyncapi.py
 
 bench: venv
 	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks
