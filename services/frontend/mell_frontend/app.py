@@ -46,6 +46,7 @@ from mell_frontend.schema.base import ApiModel
 from mell_frontend.served import ServedModel
 from mell_frontend.settings import FrontendSettings
 from mell_frontend.telling import RequestTeller
+from mell_frontend.vllm_metrics import VllmMetrics
 from mell_shared.clock import Clock, SystemClock
 from mell_shared.events.outbox import nowhere
 from mell_shared.ids import request_id
@@ -87,7 +88,8 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     clock = SystemClock()
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
-    api = _Api(settings, models, clock, Responder(gateway, clock), teller or RequestTeller(nowhere))
+    as_vllm = VllmMetrics(registry, [model.name for model in models])
+    api = _Api(settings, models, clock, Responder(gateway, clock, as_vllm), teller or RequestTeller(nowhere))
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
@@ -106,7 +108,7 @@ def create_app(  # noqa: PLR0913 - what an app is made of
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", *_LIMIT_HEADERS],
         )
-    return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site))), clock)
+    return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site)), as_vllm), clock)
 
 
 class _Api:

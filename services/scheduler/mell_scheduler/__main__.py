@@ -19,7 +19,7 @@ from mell_shared.events.outbox import Outbox, OutboxCollector, nowhere
 from mell_shared.events.store import Retention
 from mell_shared.ids import process_id
 from mell_shared.log import configure_logging
-from mell_shared.metrics import BusCollector, serve_metrics
+from mell_shared.metrics import BusCollector, add_process_metrics, serve_metrics
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.nats_key_value import NatsKeyValue
@@ -44,6 +44,7 @@ async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) 
         outbox = build_outbox(settings, process, bus, lambda: service.herald.state())  # noqa: PLW0108 - made below
         emit = nowhere if outbox is None else outbox.emit
         service = SchedulerService(bus, settings, contest, process=process, clock=clock, emit=emit)
+        add_process_metrics(service.registry)
         service.registry.register(BusCollector(bus))
         async with AsyncExitStack() as stack:
             endpoint = partial(serve_metrics, host=settings.metrics_host, port=settings.metrics_port)

@@ -35,8 +35,10 @@ from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_s
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
-from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
+from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, epoch_seconds
+from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
+from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_shared.actor import Actor
@@ -115,6 +117,10 @@ class SchedulerService:
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
+        self._epoch_seconds = epoch_seconds(self._registry)
+        self._move_metrics = MoveMetrics(self._registry)
+        self._packing = PackingMeter()
+        self._registry.register(self._packing)
         self._registry.register(SchedulerCollector(self._tally, lambda: self._core))
         self._log = structlog.get_logger()
 
@@ -194,9 +200,13 @@ class SchedulerService:
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
-        before_ns = time.perf_counter_ns()
+        before_ns, plan_us = time.perf_counter_ns(), core.ledger.plan_us
         commands = core.handle(event, now_us)
-        self._decision_seconds.labels(type(event).__name__).observe((time.perf_counter_ns() - before_ns) / 1e9)
+        took_s = (time.perf_counter_ns() - before_ns) / 1e9
+        self._decision_seconds.labels(type(event).__name__).observe(took_s)
+        if core.ledger.plan_us != plan_us:
+            self._epoch_seconds.observe(took_s)
+            self._packing.look(core, now_us)
         self.herald.tell(event, commands)
         for command in commands:
             await self._carry_out(command, event)
@@ -220,6 +230,7 @@ class SchedulerService:
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
             self.herald.end()
+            self._packing.forget()
             self._core = None
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
@@ -298,6 +309,7 @@ class SchedulerService:
 
     def _note_settled(self, command: MigrationSettled) -> None:
         self._tally.settled(command, self._clock.now_us())
+        self._move_metrics.settled(command)
         self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:

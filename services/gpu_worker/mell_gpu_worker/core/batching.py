@@ -47,6 +47,10 @@ class Batcher:
         self.newcomers: list[Sequence] = []
         """Moved here and running, without a token made here so far."""
         self.preemptions = 0
+        self.prefix_queried_tokens = 0
+        """Of new sequences, looked for in the prefix cache."""
+        self.prefix_hit_tokens = 0
+        """Of these, found there."""
         self.decodes_only = True
         """Whether the step planned last has no prefill in it."""
         self._root = root
@@ -68,6 +72,7 @@ class Batcher:
         """Run `sequence` if its tokens and one more fit now and nobody preempted waits; else change nothing."""
         if self._full or self.waiting or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=0):
             return False
+        self._count_prefix(sequence)
         insort(self.running, sequence, key=_ORDER)
         return True
 
@@ -141,12 +146,19 @@ class Batcher:
         if not sequence.started:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
 
+    def _count_prefix(self, sequence: Sequence) -> None:
+        """Count what the cache was asked for, once for each sequence."""
+        if self.pool.prefix_cache and not sequence.started:
+            self.prefix_queried_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += sequence.computed
+
     def _resume_waiting(self) -> None:
         # One that stands still is about to go on elsewhere.
         for sequence in [row for row in self.waiting if not row.halted]:
             # A block of growth for each that runs, else it would soon be preempted again.
             if self._full or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
                 return
+            self._count_prefix(sequence)
             self.waiting.remove(sequence)
             sequence.phase = Phase.RUNNING
             insort(self.running, sequence, key=_ORDER)
