@@ -16,7 +16,7 @@ from mell_shared.events.envelope import CloudEvent
 _AGAIN_S = 1.0
 _PATIENCE_S = 30.0
 """How long a lost frontend is asked again while events are followed."""
-_SHOWN = 100
+_SHOWN = 160
 """Characters of an event's facts in a line."""
 
 
