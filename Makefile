@@ -45,6 +45,9 @@ format: venv
 
 docs: venv
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/generate_asyncapi.py
+	$(BIN)/python docs/generate_metrics.py
+	$(BIN)/python deploy/grafana/generate_dashboard.py
 
 bench: venv
 	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks

@@ -58,6 +58,10 @@ class Batcher:
         self.preemptions = 0
         self.withheld_blocks = 0
         """Of those that seem free, how many nothing new may have: somebody else holds them."""
+        self.prefix_queried_tokens = 0
+        """Of new sequences, looked for in the prefix cache."""
+        self.prefix_hit_tokens = 0
+        """Of these, found there."""
         self.decodes_only = True
         """Whether the step planned last has no prefill in it."""
         self._root = root
@@ -81,6 +85,7 @@ class Batcher:
         tokens = len(sequence.token_ids) + 1
         if self._full or self.waiting or not self._place(sequence, tokens, spare_blocks=self.withheld_blocks):
             return False
+        self._count_prefix(sequence)
         insort(self.running, sequence, key=_ORDER)
         return True
 
@@ -155,12 +160,19 @@ class Batcher:
         if not sequence.started:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
 
+    def _count_prefix(self, sequence: Sequence) -> None:
+        """Count what the cache was asked for, once for each sequence."""
+        if self.pool.prefix_cache and not sequence.started:
+            self.prefix_queried_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += sequence.computed
+
     def _resume_waiting(self) -> None:
         # One that stands still is about to go on elsewhere.
         for sequence in [row for row in self.waiting if not row.halted]:
             # A block of growth for each that runs, else it would soon be preempted again.
             if self._full or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
                 return
+            self._count_prefix(sequence)
             self.waiting.remove(sequence)
             sequence.phase = Phase.RUNNING
             insort(self.running, sequence, key=_ORDER)
