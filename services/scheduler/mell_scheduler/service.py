@@ -33,9 +33,12 @@ from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.moves import outcome_status
 from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
 from mell_scheduler.event_log import EventLog
+from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
-from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
+from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, epoch_seconds
+from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
+from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
@@ -43,6 +46,7 @@ from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
+from mell_shared.events.outbox import Emit, nowhere
 from mell_shared.key_value import KeyValue
 from mell_shared.messages.admin import (
     AdminRefused,
@@ -92,7 +96,16 @@ class Contest(Protocol):
 class SchedulerService:
     """One scheduler process. While it leads it has a core and listens; else it only stands for leader."""
 
-    def __init__(self, bus: Bus, settings: SchedulerSettings, contest: Contest, *, process: str, clock: Clock) -> None:
+    def __init__(  # noqa: PLR0913 - what a process is made of
+        self,
+        bus: Bus,
+        settings: SchedulerSettings,
+        contest: Contest,
+        *,
+        process: str,
+        clock: Clock,
+        emit: Emit = nowhere,
+    ) -> None:
         self._bus = bus
         self._settings = settings
         self._contest = contest
@@ -104,6 +117,7 @@ class SchedulerService:
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
+        self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
         self._pause = PauseMemory(bus, self._subjects, contest.kept)
@@ -112,6 +126,10 @@ class SchedulerService:
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
+        self._epoch_seconds = epoch_seconds(self._registry)
+        self._move_metrics = MoveMetrics(self._registry)
+        self._packing = PackingMeter()
+        self._registry.register(self._packing)
         self._registry.register(SchedulerCollector(self._tally, lambda: self._core))
         self._log = structlog.get_logger()
 
@@ -192,6 +210,7 @@ class SchedulerService:
         now_us = self._clock.now_us()
         if isinstance(event, LeadershipTaken) and self._contest.leads():
             self._core = self._new_core(now_us)
+            self.herald.begin(self._core, event.term)
             await self._listen()  # before the core asks for reports
         core = self._core
         if core is None or not self._may_decide(event):
@@ -200,9 +219,14 @@ class SchedulerService:
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
-        before_ns = time.perf_counter_ns()
+        before_ns, plan_us = time.perf_counter_ns(), core.ledger.plan_us
         commands = core.handle(event, now_us)
-        self._decision_seconds.labels(type(event).__name__).observe((time.perf_counter_ns() - before_ns) / 1e9)
+        took_s = (time.perf_counter_ns() - before_ns) / 1e9
+        self._decision_seconds.labels(type(event).__name__).observe(took_s)
+        if core.ledger.plan_us != plan_us:
+            self._epoch_seconds.observe(took_s)
+            self._packing.look(core, now_us)
+        self.herald.tell(event, commands)
         for command in commands:
             await self._carry_out(command, event)
         await self._follow_up(event)
@@ -226,6 +250,8 @@ class SchedulerService:
             self._actor.spawn(self._recall_pause())
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
+            self.herald.end()
+            self._packing.forget()
             self._core = None
         elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
             self._actor.spawn(self._keep_on_pausing())
@@ -309,6 +335,7 @@ class SchedulerService:
 
     def _note_settled(self, command: MigrationSettled) -> None:
         self._tally.settled(command, self._clock.now_us())
+        self._move_metrics.settled(command)
         self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:
