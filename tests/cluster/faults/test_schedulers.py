@@ -50,7 +50,7 @@ def leads(scheduler: Service) -> bool:
 def test_a_leader_is_killed_and_the_standby_takes_over(stage: Scene, leader: Service, standby: Service) -> None:
     """What runs runs on; who asks in between waits until the standby leads."""
     with stage.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         leader.kill()
         eventually(lambda: crowd.well() and leads(standby), "the standby leads")
         crowd.answered_anew()
@@ -64,7 +64,7 @@ def test_a_leader_stands_still_and_leads_no_more_when_it_goes_on(
 ) -> None:
     """It finds its lease gone before it decides anything, and is the standby from then on."""
     with stage.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         freeze(leader)
         eventually(lambda: crowd.well() and leads(standby), "the standby leads")
         thaw(leader)
@@ -80,7 +80,7 @@ def test_a_leader_stands_still_and_leads_no_more_when_it_goes_on(
 def test_the_only_scheduler_is_killed_and_started_again(stage: Scene, leader: Service) -> None:
     """What runs runs on; who asks in between waits."""
     with stage.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         leader.kill()
         again = stage.stack.start_scheduler()
         eventually(lambda: crowd.well() and leads(again), "the new one leads")
@@ -94,7 +94,7 @@ def test_the_only_scheduler_is_killed_and_started_again(stage: Scene, leader: Se
 def test_the_only_scheduler_stands_still_for_a_while(stage: Scene, leader: Service) -> None:
     """Its lease is over by then; it takes it again."""
     with stage.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         freeze(leader)
         before = crowd.progress()
         eventually(lambda: crowd.well() and stage.status()["workers"] == [], "no scheduler answers")
