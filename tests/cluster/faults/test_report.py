@@ -22,8 +22,8 @@ def test_a_row_says_what_was_measured() -> None:
     told = table([ROW, ROW | {"topic": "none", "fault": "none", "where": "", "load": 1.0}]).splitlines()
     assert "load 1 to 4" in told[0]
     assert "24 answers" in told[2]
-    assert [line.split(" | ")[0] for line in told[-2:]] == ["| none", "| kill -9"]
-    assert told[-1] == "| kill -9 | in decode | nothing | 2.1 s | 0.7 s | `faults.test_workers` |"
+    assert [line.split(" | ")[0] for line in told[-2:]] == ["| none", "| worker"]
+    assert told[-1] == "| worker | kill -9 | in decode | nothing | 2.1 s | 0.7 s | `faults.test_workers` |"
 
 
 def test_the_page_keeps_all_but_the_table() -> None:
