@@ -194,6 +194,20 @@ async def test_replies_reach_who_asked_and_nobody_else(buses: dict[Role, NatsBus
         await buses["frontend"].request("mell.scheduler.events", b"", 0.1)
 
 
+async def test_only_the_scheduler_keeps_what_operators_set(buses: dict[Role, NatsBus]) -> None:
+    """In a bucket of its own, whose keys do not expire."""
+    store = NatsKeyValue(buses["scheduler"], "mell-settings", 0)
+    assert await store.read("moves", 5.0) is None
+    revision = await store.write("moves", b"one", 0, 5.0)
+    await store.write("moves", b"two", revision, 5.0)
+    found = await store.read("moves", 5.0)
+    assert found is not None
+    assert found.value == b"two"
+    for role in ("frontend", "worker"):
+        assert not await may_send(buses[role], "$KV.mell-settings.moves")
+    assert buses["scheduler"].stats.forbidden == 0
+
+
 async def test_only_the_scheduler_holds_the_lease(buses: dict[Role, NatsBus]) -> None:
     """The scheduler can make, write, read and erase its key; nobody else can touch it, or JetStream at all."""
     store = NatsKeyValue(buses["scheduler"], "mell-scheduler", 5.0)

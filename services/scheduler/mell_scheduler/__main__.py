@@ -78,7 +78,9 @@ def build_contest(settings: SchedulerSettings, process: str, bus: NatsBus, clock
         return AlwaysLeads()
     lease = LeaseSettings()
     store = NatsKeyValue(bus, f"{settings.subject_prefix}-scheduler", lease.ttl_us / 1_000_000)
-    return Candidate(Lease(process, lease), store, clock)
+    candidate = Candidate(Lease(process, lease), store, clock)
+    candidate.kept = NatsKeyValue(bus, f"{settings.subject_prefix}-settings", 0)
+    return candidate
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, 
 from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
 from mell_scheduler.packing_metrics import PackingMeter
+from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_scheduler.tracing import SchedulerTraces
@@ -47,11 +48,13 @@ from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
 from mell_shared.events.outbox import Emit, nowhere
+from mell_shared.key_value import KeyValue
 from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
     FailureCount,
     ModelStatus,
+    MovingReply,
     MovingRequest,
     Status,
     StatusRequest,
@@ -69,6 +72,11 @@ _LOUD = ("lost", "silent", "refused")
 
 class Contest(Protocol):
     """How this scheduler comes to lead: `AlwaysLeads` or `Candidate`."""
+
+    @property
+    def kept(self) -> KeyValue | None:
+        """Where what must outlast leaders is kept, if anywhere."""
+        ...
 
     async def prepare(self) -> None:
         """Check that standing for leader is possible; raises `StartError`."""
@@ -116,8 +124,9 @@ class SchedulerService:
         self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
-        self._paused = False
-        """What an operator said last of moves, to whoever led then."""
+        self._pause = PauseMemory(bus, self._subjects, contest.kept)
+        self._told_to_pause = False
+        """An operator has said something of moves since this scheduler leads."""
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
@@ -141,11 +150,13 @@ class SchedulerService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then leave in order: answer who waits, give the lease back."""
         await self._contest.prepare()
-        await self._hear_pauses()
+        hears = await self._pause.listen()
         self._bus.on_reconnect(self._reconnected)
         async with asyncio.TaskGroup() as group:
             actor = group.create_task(self._actor.run(self._start_ticking))
             beside = [group.create_task(self._bus.watch()), group.create_task(self._contest.run(self))]
+            if not hears:
+                beside.append(group.create_task(self._pause.listen_yet()))
             await stop.wait()
             self._actor.post(LeadershipEnded())
             self._actor.stop()
@@ -156,17 +167,25 @@ class SchedulerService:
         if self._event_log is not None:
             self._event_log.close()
 
-    async def _hear_pauses(self) -> None:
-        """Listen to operators' pauses also while another leads, so that they outlast a failover."""
-        try:
-            await self._bus.subscribe(self._subjects.admin("moving"), self._note_pause)
-        except BusError as error:
-            self._log.warning("subscribing_failed", reason=str(error))
+    async def _recall_pause(self) -> None:
+        """Go on as an operator wanted of an earlier leader; what this one has been told itself counts more."""
+        paused, core = await self._pause.recall(), self._core
+        if core is not None and not self._told_to_pause and core.moves_paused != paused:
+            self._actor.post(OperatorAsked("", MovingRequest(paused=paused)))
 
-    async def _note_pause(self, delivery: Delivery) -> None:
-        request = self._inbox.pause(delivery)
-        if request is not None:
-            self._paused = request.paused
+    async def _keep_on_pausing(self) -> None:
+        """Write it down again: the broker may have come back without its store."""
+        await self._pause.keep(paused=True)
+
+    def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
+        """Answer an operator when what was said is written down, or say that it is not."""
+
+        async def keep() -> None:
+            kept = await self._pause.keep(paused=told.paused)
+            await self._send(answer.handle, told.model_copy(update={"kept": kept}))
+
+        self._told_to_pause = True
+        self._actor.spawn(keep())
 
     def _start_ticking(self) -> None:
         self._actor.every(TICK_S, Tick)
@@ -199,7 +218,7 @@ class SchedulerService:
             await self._listen()  # before the core asks for reports
         core = self._core
         if core is None or not self._may_decide(event):
-            if isinstance(event, OperatorAsked):
+            if isinstance(event, OperatorAsked) and event.handle:
                 await self._send(event.handle, _NOT_LEADER)
             return
         if self._event_log is not None:
@@ -230,14 +249,18 @@ class SchedulerService:
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
             self._log.info("ready", role="leader", term=event.term, policy=self._settings.policy)
-            if self._paused:
+            self._told_to_pause = False
+            if self._pause.heard:
                 self._actor.post(OperatorAsked("", MovingRequest(paused=True)))
+            self._actor.spawn(self._recall_pause())
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
             self.herald.end()
             self._packing.forget()
             self._traces.ended()
             self._core = None
+        elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
+            self._actor.spawn(self._keep_on_pausing())
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
             self._actor.post(ConnectionRestored())
@@ -281,9 +304,12 @@ class SchedulerService:
                 self._start_migration(command)
             case MigrationSettled():
                 self._note_settled(command)
+            case Answer(handle=""):
+                pass  # nobody asked
+            case Answer(reply=MovingReply() as told):
+                self._keep_pause(command, told)
             case Answer():
-                if command.handle:
-                    await self._send(command.handle, command.reply)
+                await self._send(command.handle, command.reply)
             case OrderDrain():
                 self._order_drain(command)
             case WantGpus():
