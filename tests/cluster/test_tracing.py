@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mell_shared.tracing import trace_of
-from tests.cluster.stack import _QUICK, Stack, StreamedChat, eventually
+from tests.cluster.stack import QUICK, Stack, StreamedChat, eventually
 from tests.shared.test_tracing import CLIENTS, Collector, collecting
 
 pytestmark = pytest.mark.connected
@@ -22,7 +22,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
     """A scheduler and two workers, all of which send spans."""
-    settings = {**_QUICK, "MELL_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    settings = {**QUICK, "MELL_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     with Stack(tmp_path_factory.mktemp("tracing"), settings) as stack:
         for service in [stack.start_scheduler(), stack.start_worker("one"), stack.start_worker("two")]:
             service.ready()

@@ -27,6 +27,8 @@ _LONGEST_ARRIVAL_US = 60_000_000
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    """The span of a sequence here, or of its leaving; of this generation."""
+
     generation: int
     span: Span
 
@@ -46,7 +48,7 @@ class WorkerTraces:
         self._core = core
         self._runs: dict[str, _Run] = {}
         """By sequence."""
-        self._departures: dict[str, Span] = {}
+        self._departures: dict[str, _Run] = {}
         """By sequence: one at a time moves."""
         self._arrivals: dict[str, _Arrival] = {}
         """By migration."""
@@ -71,9 +73,9 @@ class WorkerTraces:
 
     def outgoing(self, message: PeerCommand) -> PeerCommand:
         """Return a question to another worker with the context of the move that it is about."""
-        if not isinstance(message, ReserveKv) or (span := self._departures.get(message.sequence)) is None:
+        if not isinstance(message, ReserveKv) or (departure := self._departures.get(message.sequence)) is None:
             return message
-        return message.model_copy(update={"traceparent": span.traceparent})
+        return message.model_copy(update={"traceparent": departure.span.traceparent})
 
     def _take(self, command: WorkerCommand, reply_to: str, replies: list[WorkerReply], now_us: int) -> None:
         match command, replies:
@@ -122,6 +124,9 @@ class WorkerTraces:
         parent = order.traceparent
         if run is not None and trace_of(parent) != trace_of(run.span.traceparent):
             parent = run.span.traceparent  # a scheduler that took over does not know the request's trace
+        here = self._core.streams.find(order.sequence, order.generation) is not None
+        if not parent or not here or order.sequence in self._departures:
+            return  # not traced, or a repeat of the order
         attributes: Attributes = {
             "mell.migration": order.migration,
             "mell.sequence": order.sequence,
@@ -129,15 +134,16 @@ class WorkerTraces:
             "mell.target": order.target,
             "mell.mode": order.mode,
         }
-        self._departures.setdefault(order.sequence, self._tracer.start("move out", parent, attributes, kind="client"))
+        span = self._tracer.start("move out", parent, attributes, kind="client")
+        self._departures[order.sequence] = _Run(order.generation, span)
 
     def _tell(self, event: object) -> None:
         match event:
             case SequenceFinished():
                 self._end(event.sequence, "" if event.reason in ("stop", "length") else event.reason)
             case MigrationFailed():
-                if (span := self._departures.pop(event.sequence, None)) is not None:
-                    span.end(event.reason)
+                if (departure := self._departures.pop(event.sequence, None)) is not None:
+                    departure.span.end(event.reason)
             case MigrationCommitted():
                 arrival = self._arrive(event.migration, "")
                 parent = "" if arrival is None else arrival.traceparent
@@ -158,15 +164,15 @@ class WorkerTraces:
             if found is not None:
                 run.span.set({"mell.outputs": found.outputs})
             run.span.end(error)
-        if (span := self._departures.pop(sequence, None)) is not None:
-            span.end(error)
+        if (departure := self._departures.pop(sequence, None)) is not None:
+            departure.span.end(error)
 
     def _sweep(self, now_us: int) -> None:
         """End what is here no more without a word: moved away, given up, forgotten."""
         self._swept_us = now_us
-        for sequence, run in list(self._runs.items()):
-            if self._core.streams.find(sequence, run.generation) is None:
-                run.span.set({"mell.moved": sequence in self._departures})
+        for sequence, here in {**self._departures, **self._runs}.items():
+            if self._core.streams.find(sequence, here.generation) is None:
+                here.span.set({"mell.moved": sequence in self._departures})
                 self._end(sequence)
         for migration, arrival in list(self._arrivals.items()):
             if now_us - arrival.since_us > _LONGEST_ARRIVAL_US:
