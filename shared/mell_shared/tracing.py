@@ -53,7 +53,7 @@ class Tracer(Protocol):
         ...
 
     async def close(self) -> None:
-        """Send what is left, for two seconds at most."""
+        """Send what is left; takes a few seconds where no collector answers."""
         ...
 
 
