@@ -176,12 +176,24 @@ class AdminApi:
             ask=secrets.token_hex(8), request=_name(request, "request"), target=body.to, mode=body.mode
         )
         deadline_us = self._clock.now_us() + round(body.wait_s * 1e6)
-        reply = _accepted(await self._gateway.admin(order))
-        while _moving(reply) and self._clock.now_us() < deadline_us:
+        reply, silence = await self._first(order)
+        while (reply is None or _moving(reply)) and self._clock.now_us() < deadline_us:
             reply = await self._again(order, reply)
+        if reply is None:
+            assert silence is not None
+            raise silence
         return JSONResponse(reply.model_dump(mode="json"), status_code=202 if _moving(reply) else 200)
 
-    async def _again(self, order: MigrateRequest, last: AdminReply) -> AdminReply:
+    async def _first(self, order: MigrateRequest) -> tuple[AdminReply | None, GenerationError | None]:
+        """Order the moves; no answer, and why, if a scheduler may have begun them and gone before it said so."""
+        try:
+            return _accepted(await self._gateway.admin(order)), None
+        except GenerationError as error:
+            if not error.in_doubt:
+                raise
+            return None, error
+
+    async def _again(self, order: MigrateRequest, last: AdminReply | None) -> AdminReply | None:
         """Ask how it stands; while no scheduler answers, or one that leads only now, it stands as it was told last."""
         try:
             return _accepted(await self._gateway.admin(order))

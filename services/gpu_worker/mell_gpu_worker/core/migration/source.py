@@ -295,7 +295,10 @@ class Source:
         table = [move.sequence.blocks[block] for block in blocks]
         self._batcher.loans.lend(move.migration, table)
         slots = tuple(zip((block - move.first_slot_block for block in blocks), table, strict=True))
-        return [SendBlocks(move.migration, slots, limits.tail_us if last else limits.send_us)]
+        timeout_us = limits.send_us
+        if last:
+            timeout_us = copying.tail_timeout_us(len(blocks), limits.tail_least_us, limits.tail_us)
+        return [SendBlocks(move.migration, slots, timeout_us)]
 
     def _tell(self, move: Outgoing) -> list[Command]:
         """Tell ids, and ask how far the target is, while there is anything to wait for."""
