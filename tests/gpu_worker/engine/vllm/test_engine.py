@@ -151,6 +151,27 @@ def test_a_server_that_stays_away_is_said_to_be(server: FakeVllm, start_engine: 
     engine.measure()
 
 
+def test_a_server_whose_tokens_come_is_there(server: FakeVllm, start_engine: StartEngine) -> None:
+    """However slow it is to say so: nobody is sent away from a server that serves."""
+    engine = start_engine(vllm_away_s=50.0)
+    Looks(engine).run({"s": job(PROMPT, GREEDY)}, 2)
+    server.knobs.health = 503
+    engine._seen_s -= 100.0
+    assert engine.measure().blocks == 256
+    engine._streaming.heard_s -= 100.0
+    with pytest.raises(EngineAwayError):
+        engine.measure()
+
+
+def test_a_password_is_not_shown(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Neither in status nor in what is wrong."""
+    url = server.url.replace("://", "://me:secret@")
+    assert start_engine(vllm_url=url).spec.device == server.url.removeprefix("http://")
+    with pytest.raises(EngineError) as error:
+        start_engine(vllm_url=url, vllm_model="other")
+    assert "secret" not in str(error.value)
+
+
 def test_a_server_that_comes_back_as_another_ends_the_worker(server: FakeVllm, start_engine: StartEngine) -> None:
     """What schedulers and frontends were told of it does not hold any more."""
     engine = start_engine()

@@ -79,6 +79,8 @@ class Streaming:
         self._told = told
         self.token_s = 0.0
         """Mean time between two tokens of a stream; 0: not known."""
+        self.heard_s = 0.0
+        """When any of them brought a token last."""
         self._bug: BaseException | None = None
 
     def open(self, stream: Stream) -> None:
@@ -156,7 +158,7 @@ class Streaming:
             raise _BrokenError
 
     def _time(self, stream: Stream, tokens: int) -> None:
-        now_s = time.monotonic()
+        self.heard_s = now_s = time.monotonic()
         if stream.token_s:
             each_s = (now_s - stream.token_s) / tokens
             self.token_s += 0.05 * (each_s - self.token_s) if self.token_s else each_s
