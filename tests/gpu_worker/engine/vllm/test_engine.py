@@ -158,6 +158,8 @@ def test_a_server_whose_tokens_come_is_there(server: FakeVllm, start_engine: Sta
     server.knobs.health = 503
     engine._seen_s -= 100.0
     assert engine.measure().blocks == 256
+    engine.rest()
+    server.until(lambda: server.seen.running == 0)
     engine._streaming.heard_s -= 100.0
     with pytest.raises(EngineAwayError):
         engine.measure()
