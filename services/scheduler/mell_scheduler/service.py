@@ -38,16 +38,16 @@ from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, epoch_seconds
 from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
-from mell_scheduler.pause import PauseMemory
 from mell_scheduler.packing_metrics import PackingMeter
+from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
-from mell_shared.key_value import KeyValue
 from mell_shared.events.outbox import Emit, nowhere
+from mell_shared.key_value import KeyValue
 from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
