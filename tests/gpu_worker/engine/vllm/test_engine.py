@@ -7,19 +7,15 @@ import pytest
 
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import EngineAwayError, EngineError
+from mell_gpu_worker.engine.vllm.engine import VllmEngine
 from mell_shared.messages.sampling import SamplingParams
-from tests.gpu_worker.engine.looks import Job, Looks, job
+from tests.gpu_worker.engine.looks import Looks, job
 from tests.vllm_server import FakeVllm, expected
 
 from .conftest import StartEngine
 
 PROMPT = list(b"Once upon a time")
 GREEDY = SamplingParams(temperature=0, seed=0, ignore_eos=True)
-
-
-def row(each: Job) -> StepRow:
-    """The whole of a sequence."""
-    return StepRow("s", each.ids, each.prompt_tokens, each.computed, len(each.ids), [0], each.sampling)
 
 
 def test_several_tokens_at_once_are_taken_one_by_one(server: FakeVllm, start_engine: StartEngine) -> None:
@@ -197,25 +193,31 @@ def test_memory_is_measured(server: FakeVllm, start_engine: StartEngine) -> None
     assert measured.step_us >= 2000
 
 
+LONGER = PROMPT * 4
+"""Four of the server's blocks."""
+
+
+def warm(engine: VllmEngine, count: int) -> None:
+    """Let the first `count` tokens of a sequence that may come be prefilled."""
+    while engine.execute([StepRow("s", LONGER, len(LONGER), 0, count, range(4), None)]).pending:
+        pass
+
+
 def test_prefill_for_who_may_come_warms_the_servers_cache(server: FakeVllm, start_engine: StartEngine) -> None:
-    """One token that nobody gets; the row is pending until then. A longer prefix is asked for after the shorter one."""
+    """One token that nobody gets, the row pending until then; whole blocks only, each once."""
     engine = start_engine()
-    each = job(PROMPT, GREEDY)
-    rows = [StepRow("s", each.ids, each.prompt_tokens, 0, count, [0], None) for count in (4, 8)]
-    for part in rows:
-        while engine.execute([part]).pending:
-            pass
-    assert [(len(body["prompt"]), body["max_tokens"]) for body in server.seen.bodies] == [(4, 1), (8, 1)]
+    for count in (10, 20, 25, 40, 63):
+        warm(engine, count)
+    assert [(len(body["prompt"]), body["max_tokens"]) for body in server.seen.bodies] == [(16, 1), (32, 1), (48, 1)]
+    each = job(LONGER, GREEDY)
     Looks(engine).run({"s": each}, 3)
-    assert each.output == expected(PROMPT, 3)
+    assert each.output == expected(LONGER, 3)
 
 
 def test_nothing_is_warmed_without_a_cache(server: FakeVllm, start_engine: StartEngine) -> None:
     """Then the whole sequence is computed when it runs, and a move is not held up."""
     server.knobs.prefix_cache = False
-    engine = start_engine()
-    each = job(PROMPT, GREEDY)
-    assert not engine.execute([StepRow("s", each.ids, each.prompt_tokens, 0, 4, [0], None)]).pending
+    warm(start_engine(), 40)
     assert server.seen.bodies == []
 
 
@@ -223,9 +225,8 @@ def test_a_prefill_that_fails_costs_only_time(server: FakeVllm, start_engine: St
     """It counts as done: what is missing is computed when the sequence runs."""
     engine = start_engine()
     server.stop()
-    each = job(PROMPT, GREEDY)
-    while engine.execute([StepRow("s", each.ids, each.prompt_tokens, 0, 4, [0], None)]).pending:
-        pass
+    warm(engine, 40)
     server.restart()
+    each = job(LONGER, GREEDY)
     Looks(engine).run({"s": each}, 3)
-    assert each.output == expected(PROMPT, 3)
+    assert each.output == expected(LONGER, 3)

@@ -56,7 +56,7 @@ class VllmEngine:
         self._open: dict[str, Stream | WarmUp] = {}
         model, cache = parts.facts.model, parts.facts.cache
         self._streaming = Streaming(parts.server, model, spec.max_model_len, spec.vocab_size, self._news.set)
-        self._warm_ups = WarmUps(parts.server, model, self._news.set, useful=cache.prefix_cache)
+        self._warm_ups = WarmUps(parts.server, parts.facts, self._news.set)
         self._cache = cache
         self._seen_s = time.monotonic()
         self._missed = False
@@ -91,9 +91,11 @@ class VllmEngine:
         """Let the server work on a row, unless it does already."""
         work = self._open.get(row.sequence)
         if row.sampling is None:
-            if not isinstance(work, WarmUp) or (work.ready and len(work.ids) < row.start + row.count):
+            older = work if isinstance(work, WarmUp) else None
+            if older is None or (older.ready and older.tokens < row.start + row.count):
+                warm_up = self._warm_ups.begin(row.token_ids, row.start + row.count, older)
                 self._drop(row.sequence)
-                self._open[row.sequence] = warm_up = self._warm_ups.begin(row.token_ids[: row.start + row.count])
+                self._open[row.sequence] = warm_up
                 self._parts.loop.call(self._warm_ups.open, warm_up)
         elif not isinstance(work, Stream) or not work.follows(row.token_ids):
             self._drop(row.sequence)
@@ -104,11 +106,10 @@ class VllmEngine:
 
     def _collect(self, place: int, row: StepRow, result: StepResult, pending: set[int]) -> SampledToken | None:
         work = self._open[row.sequence]
-        if not work.ready or (isinstance(work, WarmUp) and len(work.ids) < row.start + row.count):
+        if not work.ready or (isinstance(work, WarmUp) and work.tokens < row.start + row.count):
             pending.add(place)
             return None
         if isinstance(work, WarmUp):
-            self._drop(row.sequence)
             return None
         token = None
         if work.fresh:
