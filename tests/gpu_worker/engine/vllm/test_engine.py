@@ -8,7 +8,7 @@ import pytest
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import EngineAwayError, EngineError
 from mell_gpu_worker.engine.vllm.engine import VllmEngine
-from mell_shared.messages.sampling import SamplingParams
+from mell_shared.messages.sampling import Grammar, SamplingParams
 from tests.gpu_worker.engine.looks import Looks, job
 from tests.vllm_server import FakeVllm, expected
 
@@ -16,6 +16,7 @@ from .conftest import StartEngine
 
 PROMPT = list(b"Once upon a time")
 GREEDY = SamplingParams(temperature=0, seed=0, ignore_eos=True)
+OBJECT = '{"grammars": [{"json_schema": {"type": "object", "properties": {}, "additionalProperties": false}}]}'
 
 
 def test_several_tokens_at_once_are_taken_one_by_one(server: FakeVllm, start_engine: StartEngine) -> None:
@@ -70,17 +71,30 @@ def test_an_answer_that_breaks_off_is_asked_for_again(server: FakeVllm, start_en
     assert [len(body["prompt"]) - len(PROMPT) for body in server.seen.bodies] == [0, 3, 6, 9, 12, 15, 18]
 
 
+def test_structured_output_that_breaks_off_is_not_begun_anew(server: FakeVllm, start_engine: StartEngine) -> None:
+    """The server would write the whole again behind the half that is delivered: the sequence fails instead."""
+    server.knobs.cut_after = 1
+    each = job(PROMPT, GREEDY.model_copy(update={"grammar": Grammar(text=OBJECT), "ignore_eos": False}))
+    looks = Looks(start_engine())
+    looks.run({"s": each}, 20)
+    assert (bytes(each.output), each.end) == (b"{", None)
+    assert "structured output" in each.failure
+    resumed = job(PROMPT, each.sampling, each.output)
+    looks.run({"resumed": resumed}, 20)
+    assert "structured output" in resumed.failure, "as after a preemption"
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
         ({"cut_after": 0}, "broke off 5 times"),
         ({"status": 500}, "broke off 5 times"),
         ({"status": 429}, "broke off 5 times"),
-        ({"status": 400}, "refuses it: it is not well"),
+        ({"status": 400}, "refused: it is not well"),
         ({"says": "nonsense"}, "no JSON"),
         ({"says": '{"choices": [{"token_ids": [1, -2]}]}'}, "token ids that are none"),
         ({"says": '{"choices": [{"token_ids": [1, 2, 3, 4, 5, 6]}]}'}, "more tokens than were asked for"),
-        ({"says": '{"error": {"message": "no", "code": 422}}'}, "refuses it: no"),
+        ({"says": '{"error": {"message": "no", "code": 422}}'}, "refused: no"),
         ({"says": "x" * (1 << 25)}, "a line that does not end"),
     ],
 )

@@ -116,7 +116,7 @@ class Streaming:
             except _BrokenError:
                 attempts += 1
             except RefusedError as error:
-                stream.failure = f"the vLLM server refuses it: {error}"
+                stream.failure = f"refused: {error}"
                 break
             except WrongAnswerError as error:
                 stream.failure = f"the vLLM server answered with {error}"
@@ -132,6 +132,9 @@ class Streaming:
 
     async def _follow(self, stream: Stream) -> None:
         """Read one answer to its end, or raise why there is none."""
+        if stream.sampling.grammar is not None and len(stream.ids) > stream.prompt_tokens:
+            # The server would begin it anew: after a broken connection, or a preemption, two halves of no whole.
+            raise RefusedError("structured output cannot go on after what is there already")
         body = completion_request(self._model, stream.ids, stream.prompt_tokens, stream.sampling, self._max_model_len)
         longest = len(stream.ids) + body["max_tokens"]
         async with self._server.complete(body) as response:
