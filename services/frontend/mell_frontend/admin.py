@@ -11,8 +11,11 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from mell_frontend.asgi import Receive, Scope, Send
 from mell_frontend.errors import ApiError, bad_request
+from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
+from mell_frontend.live import LiveFeed
 from mell_frontend.schema import parse
 from mell_frontend.schema.base import ApiModel
 from mell_shared.clock import Clock
@@ -32,6 +35,7 @@ from mell_shared.messages.admin import (
     StatusRequest,
     UndrainRequest,
 )
+from mell_shared.messages.live import LiveState
 
 B = TypeVar("B", bound="AdminBody")
 
@@ -96,15 +100,18 @@ class AdminRoute:
 class AdminApi:
     """The operations of `/admin`."""
 
-    def __init__(self, gateway: Gateway, clock: Clock) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, feed: LiveFeed, write_timeout_s: float) -> None:
         self._gateway = gateway
         self._clock = clock
+        self._feed = feed
+        self._write_timeout_s = write_timeout_s
 
     def routes(self) -> tuple[AdminRoute, ...]:
         """Every operation."""
         worker, request = "/admin/workers/{worker}", "/admin/requests/{request:path}"
         return (
             AdminRoute("GET", "/admin/status", self.status, "The cluster as the scheduler sees it", Status),
+            AdminRoute("GET", "/admin/live", self.live, "The same again and again, as server-sent events", LiveState),
             AdminRoute(
                 "POST", f"{worker}/drain", self.drain, "Empty a worker and keep it empty", DrainReply, DrainBody
             ),
@@ -121,6 +128,11 @@ class AdminApi:
         if asked not in ("true", "false", "1", "0"):
             raise bad_request("sequences: must be true or false.", "sequences", "invalid_value")
         return await self._ask(StatusRequest(sequences=asked in ("true", "1")))
+
+    async def live(self, request: Request) -> Response:
+        """Events `state` with all there is to see, and `trouble` while there is no state to be had."""
+        self._feed.check_room()
+        return _Watching(self._feed, self._write_timeout_s)
 
     async def drain(self, request: Request) -> Response:
         """See `routes`."""
@@ -173,6 +185,20 @@ class AdminApi:
 
     async def _ask(self, order: AdminRequest) -> Response:
         return JSONResponse(_accepted(await self._gateway.admin(order)).model_dump(mode="json"))
+
+
+class _Watching(Response):
+    """Events for one watcher, until it leaves or reads no more."""
+
+    def __init__(self, feed: LiveFeed, write_timeout_s: float) -> None:
+        super().__init__()
+        self._feed = feed
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        exchange = Exchange(receive, send, state["send"], state["record"], self._write_timeout_s)
+        await exchange.run(self._feed.watch(exchange))
 
 
 def _moving(reply: AdminReply) -> bool:
@@ -232,7 +258,8 @@ def _parameters(path: str, route: AdminRoute) -> list[dict[str, Any]]:
 
 
 def _content(model: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]:
+    kind = "text/event-stream" if model is LiveState else "application/json"
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(schema.pop("$defs", {}))
     schemas[model.__name__] = schema
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    return {kind: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}

@@ -21,15 +21,18 @@ from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
 from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
+from mell_frontend.dashboard_page import PAGES, dashboard
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.key_store import KeyStore
+from mell_frontend.live import LiveFeed
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.pulse import Pulse
 from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.respond import Responder
@@ -80,12 +83,16 @@ def create_app(
     clock = SystemClock()
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
-    api = _Api(settings, gateway, models, clock)
+    pulse = Pulse()
+    api = _Api(settings, gateway, models, clock, pulse)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
-    operations = AdminApi(gateway, clock).routes()
+    for path in PAGES:
+        site.add_route(path, dashboard, methods=["GET", "HEAD"], include_in_schema=path == "/dashboard")
+    feed = LiveFeed(gateway, clock, pulse, settings.live_interval_s)
+    operations = AdminApi(gateway, clock, feed, settings.write_timeout_s).routes()
     for operation in operations:
         site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
@@ -106,11 +113,16 @@ class _Api:
     """The endpoints that need models or the gateway."""
 
     def __init__(
-        self, settings: FrontendSettings, gateway: Gateway, models: Sequence[ServedModel], clock: Clock
+        self,
+        settings: FrontendSettings,
+        gateway: Gateway,
+        models: Sequence[ServedModel],
+        clock: Clock,
+        pulse: Pulse,
     ) -> None:
         self._settings = settings
         self._models = {model.name: model for model in models}
-        self._responder = Responder(gateway, clock)
+        self._responder = Responder(gateway, clock, pulse)
         self._created = int(time.time())
 
     def add_routes(self, site: FastAPI) -> None:

@@ -6,6 +6,7 @@ from mell_frontend.errors import ApiError, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError, Waiting
 from mell_frontend.prepare import Job
+from mell_frontend.pulse import Pulse
 from mell_frontend.reading import Reader, StreamEvent, open_streams
 from mell_frontend.record import RequestRecord
 from mell_frontend.sse import comment, error_event
@@ -17,14 +18,15 @@ from mell_shared.clock import Clock
 class Responder:
     """Answers jobs; holds nothing between them."""
 
-    def __init__(self, gateway: Gateway, clock: Clock) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, pulse: Pulse) -> None:
         self._gateway = gateway
         self._clock = clock
+        self._pulse = pulse
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
         async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
-            run = _Run(job, reader, exchange.record, self._clock)
+            run = _Run(job, reader, exchange.record, self._clock, self._pulse)
             try:
                 while run.open_choices:
                     text = _shown(answer, await run.next())
@@ -43,7 +45,7 @@ class Responder:
     async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
         """Answer with one JSON body."""
         async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
-            run = _Run(job, reader, exchange.record, self._clock)
+            run = _Run(job, reader, exchange.record, self._clock, self._pulse)
             try:
                 while run.open_choices:
                     for choice, event in await run.next():
@@ -81,11 +83,12 @@ def _shown(answer: StreamedAnswer, events: list[tuple[int, Waiting | Piece]]) ->
 class _Run:
     """A job while it runs: each choice's text, and how many of them have not ended."""
 
-    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock) -> None:
+    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock, pulse: Pulse) -> None:
         self._job = job
         self._reader = reader
         self._record = record
         self._clock = clock
+        self._pulse = pulse
         self._texts = [_choice_text(job, choice) for choice in range(job.choices)]
         self._ended = [False] * job.choices
         self.open_choices = job.choices
@@ -121,7 +124,8 @@ class _Run:
         if event.finish_reason in ("cancelled", "error"):
             raise from_generation(GenerationError("failed", "The engine could not go on with this request."))
         if self._record.first_token_us is None and event.token_ids:
-            self._record.first_token_us = self._clock.now_us()
+            now_us = self._record.first_token_us = self._clock.now_us()
+            self._pulse.first_token(now_us - self._record.started_us, now_us)
         piece = self._texts[choice].push(event)
         if piece.finish is not None:
             self._end(choice, piece.finish)
