@@ -61,6 +61,8 @@ class LiveFeed:
 
     async def _after(self, number: int) -> LiveEvent:
         """Return the latest event if it is after that number, else poll for it when its time has come."""
+        if self._event.number > number:
+            return self._event
         async with self._turn:
             if self._event.number <= number:
                 await asyncio.sleep(max(0, self._due_us - self._clock.now_us()) / 1e6)
