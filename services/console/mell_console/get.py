@@ -1,12 +1,17 @@
 """Asks a frontend for JSON: for commands that ask once and need no HTTP package."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Without the environment's proxies: a stack on this machine is not behind one."""
+
+_LONGEST_LINE_BYTES = 16 * 2**20
 
 
 class GetError(Exception):
@@ -28,6 +33,23 @@ def get_json(url: str, api_key: str = "", timeout_s: float = 10.0) -> Any:
 
 def call_json(method: str, url: str, key: str, body: Any, timeout_s: float) -> Any:
     """Return the JSON that a request, with `body` as JSON if it is not None, is answered with; raises `GetError`."""
+    with _answer(method, url, key, body, timeout_s) as answer:
+        try:
+            return json.loads(answer.read())
+        except ValueError as error:
+            raise GetError(f"{url} answers with something that is no JSON") from error
+
+
+def read_lines(url: str, key: str, silence_s: float) -> Iterator[str]:
+    """Yield the lines of an answer as they come, until it ends or nothing comes for so long; raises `GetError`."""
+    with _answer("GET", url, key, None, silence_s) as answer:
+        while line := answer.readline(_LONGEST_LINE_BYTES):
+            yield line.decode(errors="replace").rstrip("\r\n")
+
+
+@contextmanager
+def _answer(method: str, url: str, key: str, body: Any, timeout_s: float) -> Iterator[IO[bytes]]:
+    """Send a request and give what it is answered with; whatever goes wrong until it is read is a `GetError`."""
     if not url.startswith(("http://", "https://")):
         raise GetError(f"{url} is no http address")
     data = None if body is None else json.dumps(body).encode()
@@ -38,15 +60,15 @@ def call_json(method: str, url: str, key: str, body: Any, timeout_s: float) -> A
         request.add_header("authorization", f"Bearer {key}")
     try:
         with _OPENER.open(request, timeout=timeout_s) as answer:
-            return json.loads(answer.read())
+            yield answer
     except urllib.error.HTTPError as error:
         with error:
             told = _message(error.read())
             raise GetError(f"{url} answers {error.code}: {told or 'no message'}", error.code, told) from error
     except OSError as error:
         raise GetError(f"{url} does not answer: {_reason(error)}") from error
-    except ValueError as error:
-        raise GetError(f"{url} answers with something that is no JSON") from error
+    except http.client.HTTPException as error:
+        raise GetError(f"{url} does not answer as HTTP does: {type(error).__name__}") from error
 
 
 def _message(body: bytes) -> str:

@@ -12,7 +12,7 @@ from mell_shared.messages.admin import STATUS, GpuUse, MoveStatus, Status, Worke
 MOST_RECENT = 20
 """Moves shown that are over."""
 
-_STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
+STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
 _OUTCOME_STYLES = {"moving": "yellow", "committed": "green", "failed": "red", "timeout": "red", "ended": "dim"}
 
 
@@ -67,7 +67,7 @@ def workers_table(status: Status) -> Table:
     """Return a row for each worker, by name."""
     table = Table("worker", "model", "on", "state", "KV blocks", "run", "wait", "moving", "step", "heard", box=None)
     for worker in sorted(status.workers, key=lambda worker: (worker.name, worker.worker)):
-        style = _STATE_STYLES[worker.state]
+        style = STATE_STYLES[worker.state]
         table.add_row(
             worker.worker,
             worker.model,

@@ -31,28 +31,34 @@ class Frontend:
 
     url: str
     admin_key: str
+    answer_s: float = _ANSWER_S
+    """How long an answer may take that needs no time."""
+
+    def address(self, path: str) -> str:
+        """Return the URL of a path of `/admin`."""
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
 
     def get(self, path: str, adapter: TypeAdapter[M]) -> M:
         """Return what a path answers; raises `AdminError`."""
-        return self._call("GET", path, None, adapter, _ANSWER_S)
+        return self._call("GET", path, None, adapter, self.answer_s)
 
     def post(self, path: str, body: dict[str, Any], adapter: TypeAdapter[M], wait_s: float = 0.0) -> M:
         """Send an order that may take `wait_s`; raises `AdminError`."""
-        return self._call("POST", path, body, adapter, _ANSWER_S + wait_s)
+        return self._call("POST", path, body, adapter, self.answer_s + wait_s)
 
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None, adapter: TypeAdapter[M], timeout_s: float
     ) -> M:
-        url = f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
         try:
-            return adapter.validate_python(call_json(method, url, self.admin_key, body, timeout_s))
+            return adapter.validate_python(call_json(method, self.address(path), self.admin_key, body, timeout_s))
         except GetError as error:
-            raise AdminError(_advice(error)) from error
+            raise AdminError(advice(error)) from error
         except ValidationError as error:
             raise AdminError(f"{self.url} answers, but not as a Mell frontend does; use --url") from error
 
 
-def _advice(error: GetError) -> str:
+def advice(error: GetError) -> str:
+    """Return in one line what went wrong, and what to do about it."""
     if error.status in (401, 403):
         return f"{error.told} (here: --admin-key or MELL_ADMIN_KEY)"
     if error.status is not None and error.status != 404:
