@@ -110,7 +110,7 @@ def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, f
     answer.read(5)
     expect(page.locator(".gpu", has_text="1 running")).to_have_count(1)
     expect(page.locator("#used")).to_have_text("1")
-    expect(page.locator("#shadow-name")).to_have_text("worst-fit would use 1")
+    expect(page.locator("#shadow-name")).to_have_text("worst-fit: 1")
     expect(page.locator("#rate")).not_to_have_text("0")
     expect(page.locator("#ttft-note")).to_contain_text("median")
     assert page.evaluate(

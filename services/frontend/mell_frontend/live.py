@@ -79,6 +79,9 @@ class LiveFeed:
             return _trouble(number, error.message)
         if not isinstance(reply, Live):
             return _trouble(number, reply.message if isinstance(reply, AdminRefused) else _STRANGE)
+        return self._told(number, reply)
+
+    def _told(self, number: int, reply: Live) -> LiveEvent:
         state = LiveState(
             number=number,
             interval_s=self._interval_s,

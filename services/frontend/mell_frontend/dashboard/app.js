@@ -105,7 +105,7 @@ function showUse(use, lately) {
   const against = compared ? `, ${use.shadow_policy} ${gpuHours(use.shadow_gpu_s)}` : ", compared with nothing";
   say(byId("hours"), `${gpuHours(use.used_gpu_s)} used${against}`);
   byId("shadow-key").hidden = byId("saved-key").hidden = !lately.shadow.length;
-  say(byId("shadow-name"), `${use.shadow_policy} would use ${count(use.shadow)}`);
+  say(byId("shadow-name"), `${use.shadow_policy}: ${count(use.shadow)}`);
   byId("timeline").setAttribute("aria-label", `GPUs in use over the last minutes: now ${use.used}${compared ? `, ${use.shadow_policy} would use ${use.shadow}` : ""}`);
 }
 
@@ -133,11 +133,10 @@ function showMoves() {
   byId("no-moves").hidden = moves.length > 0;
   const create = () => {
     const outcome = make("span", { className: "outcome" });
-    const parts = ["when", "where", "what", "how", "cost", "why", "because"].map(() => make("span", { className: "" }));
-    const [when, where, what, how, cost, why, because] = parts;
-    for (const sub of [when, what, cost, because]) sub.className = "sub";
-    const cells = [[outcome, when], [where, what], [how, cost], [why, because]].map((pair) => make("td", {}, ...pair));
-    return { root: make("tr", {}, ...cells), outcome, when, where, what, how, cost, why, because };
+    const where = make("span", { className: "where" }), how = make("span");
+    const [when, what, why] = [0, 1, 2].map(() => make("span", { className: "sub" }));
+    const cells = [[outcome, when], [where, what], [how, why]].map((pair) => make("td", {}, ...pair));
+    return { root: make("tr", {}, ...cells), outcome, when, where, what, how, why };
   };
   keep(byId("moves"), moveRows, moves, (move) => move.migration, create, fillMove);
 }
@@ -151,9 +150,9 @@ function fillMove(row, move) {
   say(row.where, `${name(move.source)} → ${name(move.target)}`);
   say(row.what, short(move.sequence));
   say(row.how, loadText(move, cluster.gpus.get(move.source) ?? cluster.gpus.get(move.target)));
-  say(row.cost, move.stopped_s ? `stopped ${span(move.stopped_s)}` : "");
-  say(row.why, move.reason);
-  say(row.because, over && move.outcome !== "committed" ? move.why : "");
+  const stopped = move.stopped_s ? `, stopped ${span(move.stopped_s)}` : "";
+  const because = over && move.outcome !== "committed" && move.why ? `: ${move.why}` : "";
+  say(row.why, `${move.reason}${stopped}${because}`);
 }
 
 function showCharts() {

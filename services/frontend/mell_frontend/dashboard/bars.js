@@ -54,14 +54,13 @@ export class Bars {
   }
 
   // Returns whether it must be drawn again.
-  draw(pen, slots, view, now, still) {
+  draw(pen, slots, now, still) {
     const since = now - this.took;
     const part = still ? 1 : ease(since / SLIDE_MS);
     const hatch = hatching(pen);
     for (const [worker, slot] of slots) {
       const gpu = this.gpus.get(worker);
-      if (!gpu || slot.y + slot.height < view.top || slot.y > view.bottom) continue;
-      this.bar(pen, gpu, slot, part, hatch);
+      if (gpu) this.bar(pen, gpu, slot, part, hatch);
     }
     pen.globalAlpha = 1;
     return since < SLIDE_MS;

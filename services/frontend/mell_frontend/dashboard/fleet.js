@@ -1,4 +1,5 @@
-// A card for each GPU, and over all of them one canvas with what they hold.
+// A card for each GPU, and two canvases: over the cards what they hold, drawn when it changes; over the window, and so no
+// larger than it, the moves.
 
 import { byId, keep, make, say } from "./dom.js";
 import { count, percent, plural, short, span } from "./format.js";
@@ -6,21 +7,27 @@ import { Bars } from "./bars.js";
 import { Flights } from "./flights.js";
 import { stillness } from "./theme.js";
 
+// Thirty pictures a second are enough for what only flies by.
+const FLIGHT_MS = 30;
+
 export class Fleet {
   // `onOpen(worker, sequence)` when somebody wants to see more of a GPU.
   constructor(onOpen) {
     this.list = byId("fleet");
     this.stage = byId("stage");
     this.canvas = byId("canvas");
+    this.sky = byId("sky");
     this.tip = byId("tip");
     this.onOpen = onOpen;
     this.cards = new Map();
     this.slots = new Map();
     this.bars = new Bars();
     this.flights = new Flights();
-    this.drawing = 0;
+    this.drawing = this.flew = 0;
+    this.sliding = this.flying = false;
     new ResizeObserver(() => this.measure()).observe(this.stage);
-    addEventListener("scroll", () => this.draw(), { passive: true });
+    addEventListener("resize", () => this.measure());
+    addEventListener("scroll", () => this.next(), { passive: true });
     this.list.addEventListener("pointermove", (event) => this.point(event));
     this.list.addEventListener("pointerleave", () => (this.tip.hidden = true));
   }
@@ -62,13 +69,9 @@ export class Fleet {
   measure() {
     const ratio = Math.min(2, devicePixelRatio || 1);
     const stage = this.stage.getBoundingClientRect();
-    const width = Math.round(stage.width * ratio), height = Math.round(stage.height * ratio);
-    if (this.canvas.width !== width || this.canvas.height !== height) {
-      Object.assign(this.canvas, { width, height });
-      this.canvas.style.width = `${stage.width}px`;
-      this.canvas.style.height = `${stage.height}px`;
-    }
     this.ratio = ratio;
+    fit(this.canvas, stage.width, stage.height, ratio);
+    fit(this.sky, document.documentElement.clientWidth, innerHeight, ratio);
     this.slots.clear();
     for (const [worker, card] of this.cards) {
       const box = card.bar.getBoundingClientRect();
@@ -77,22 +80,35 @@ export class Fleet {
     this.draw();
   }
 
+  // Once more, all of it.
   draw() {
+    this.sliding = true;
+    this.next();
+  }
+
+  next() {
     this.drawing ||= requestAnimationFrame((now) => this.frame(now));
   }
 
   frame(now) {
     this.drawing = 0;
-    const pen = this.canvas.getContext("2d");
-    const top = -this.stage.getBoundingClientRect().y;
-    pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
-    pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
     const still = stillness.matches;
-    const view = { top: top - 80, bottom: top + innerHeight + 80 };
-    const moving = this.bars.draw(pen, this.slots, view, now, still);
-    const flying = this.flights.draw(pen, this.slots, now, still);
-    if (still && flying) this.later ||= setTimeout(() => ((this.later = 0), this.draw()), 500);
-    else if (!still && (moving || flying)) this.draw();
+    if (this.sliding) this.sliding = this.bars.draw(this.clear(this.canvas), this.slots, now, still) && !still;
+    if ((this.flights.flying.size || this.flying) && now - this.flew >= FLIGHT_MS) {
+      this.flew = now;
+      const pen = this.clear(this.sky), stage = this.stage.getBoundingClientRect();
+      pen.translate(stage.x, stage.y);
+      this.flying = this.flights.draw(pen, this.slots, now, still);
+    }
+    if (still && this.flying) this.later ||= setTimeout(() => ((this.later = 0), this.next()), 500);
+    else if (this.sliding || this.flying) this.next();
+  }
+
+  clear(canvas) {
+    const pen = canvas.getContext("2d");
+    pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    return pen;
   }
 
   under(worker, event) {
@@ -115,6 +131,14 @@ export class Fleet {
     this.tip.style.left = `${Math.min(event.clientX + 12, innerWidth - this.tip.offsetWidth - 8)}px`;
     this.tip.style.top = `${event.clientY + 16}px`;
   }
+}
+
+function fit(canvas, width, height, ratio) {
+  if (canvas.width === Math.round(width * ratio) && canvas.height === Math.round(height * ratio)) return;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
 }
 
 function fill(card, gpu) {

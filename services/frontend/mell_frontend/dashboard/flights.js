@@ -45,40 +45,41 @@ export class Flights {
   // Returns whether any is still to be seen.
   draw(pen, slots, now, still) {
     let labels = 0;
+    const linger_ms = this.flying.size > MOST_LABELS ? LINGER_MS / 2 : LINGER_MS;
     for (const [name, flight] of this.flying) {
       const source = slots.get(flight.move.source), target = slots.get(flight.move.target);
-      const over = flight.ended && now > flight.ended + LINGER_MS;
+      const over = flight.ended && now > flight.ended + linger_ms;
       if (over || !source || !target) {
         if (over) this.flying.delete(name);
         continue;
       }
       const path = curve(source, target, flight);
-      this.line(pen, path, flight, now, still);
-      if (labels++ < MOST_LABELS) label(pen, path, flight, now);
+      const ink = flight.ended && now > flight.ended ? Math.max(0, 1 - (now - flight.ended) / linger_ms) : 1;
+      line(pen, path, flight, ink, now, still);
+      if (labels++ < MOST_LABELS) label(pen, path, flight, ink);
     }
     pen.globalAlpha = 1;
     return this.flying.size > 0;
   }
+}
 
-  line(pen, path, flight, now, still) {
-    const landed = flight.ended && now >= flight.ended;
-    const failed = landed && flight.move.outcome !== "committed";
-    pen.globalAlpha = landed ? Math.max(0, 1 - (now - flight.ended) / LINGER_MS) : 1;
-    pen.beginPath();
-    pen.moveTo(path.x0, path.y0);
-    pen.quadraticCurveTo(path.cx, path.cy, path.x1, path.y1);
-    pen.strokeStyle = theme.card;
-    pen.lineWidth = 5;
-    pen.setLineDash([]);
-    pen.stroke();
-    pen.strokeStyle = pen.fillStyle = failed ? theme.bad : landed ? theme.good : theme.accent;
-    pen.lineWidth = 2;
-    pen.setLineDash(landed ? [] : [6, 5]);
-    pen.lineDashOffset = still || landed ? 0 : -now / 30;
-    pen.stroke();
-    pen.setLineDash([]);
-    dot(pen, path, landed ? (failed ? 0 : 1) : still ? 0.5 : ((now - flight.born) % FLY_MS) / FLY_MS);
-  }
+function line(pen, path, flight, ink, now, still) {
+  const landed = flight.ended && now >= flight.ended;
+  const failed = landed && flight.move.outcome !== "committed";
+  pen.globalAlpha = ink;
+  pen.beginPath();
+  pen.moveTo(path.x0, path.y0);
+  pen.quadraticCurveTo(path.cx, path.cy, path.x1, path.y1);
+  pen.strokeStyle = theme.card;
+  pen.lineWidth = 5;
+  pen.stroke();
+  pen.strokeStyle = pen.fillStyle = failed ? theme.bad : landed ? theme.good : theme.accent;
+  pen.lineWidth = 2;
+  pen.setLineDash(landed ? [] : [6, 5]);
+  pen.lineDashOffset = still || landed ? 0 : -now / 30;
+  pen.stroke();
+  pen.setLineDash([]);
+  dot(pen, path, landed ? (failed ? 0 : 1) : still ? 0.5 : ((now - flight.born) % FLY_MS) / FLY_MS);
 }
 
 function curve(source, target, flight) {
@@ -112,11 +113,11 @@ function dot(pen, path, part) {
   pen.stroke();
 }
 
-function label(pen, path, flight, now) {
-  pen.globalAlpha = flight.ended && now > flight.ended ? Math.max(0, 1 - (now - flight.ended) / LINGER_MS) : 1;
+function label(pen, path, flight, ink) {
+  pen.globalAlpha = ink;
   pen.font = "600 12px system-ui, sans-serif";
   const [x, y] = on(path, 0.5);
-  const width = (flight.wide ??= {})[flight.text] ??= pen.measureText(flight.text).width;
+  const { width } = pen.measureText(flight.text);
   pen.fillStyle = theme.card;
   pen.strokeStyle = theme.accent;
   pen.lineWidth = 1;

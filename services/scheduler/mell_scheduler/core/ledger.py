@@ -214,13 +214,9 @@ class Ledger:
         self.pending[request.sequence] = record
         self.refresh_closed(worker)
         self._note_placed(record, request)
-        self._cast(record)
-        return worker
-
-    def _cast(self, record: SequenceRecord) -> None:
-        """The shadow gets every sequence that is known, once."""
         if self._shadow is not None:
-            self._shadow.arrived(record, self._policy.spec(record.worker.worker_id))
+            self._shadow.arrived(record, self._policy.spec(worker.worker_id))
+        return worker
 
     def _note_placed(self, record: SequenceRecord, request: PlaceRequest) -> None:
         why = self._policy.name
@@ -238,7 +234,8 @@ class Ledger:
         record = SequenceRecord(sequence, generation, worker, self.model_of(worker).growth_tokens)
         self.sequences[sequence] = worker.sequences[sequence] = record
         self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
-        self._cast(record)
+        if self._shadow is not None:
+            self._shadow.found(record, self._policy.spec(worker.worker_id))
         chronicle = self._note(record, "found", "its worker reports it")
         if chronicle is not None:
             chronicle.model = worker.spec.model
