@@ -58,6 +58,38 @@ def test_no_address_of_another_host(path: str) -> None:
     assert [address for address in found if address != "http://www.w3.org/2000/svg"] == []
 
 
+def colours(block: str) -> dict[str, tuple[float, float, float]]:
+    """The opaque colours of a block of the stylesheet."""
+    found = re.findall(r"--([\w-]+): #([0-9a-f]{6}|[0-9a-f]{3});", block)
+    wide = {name: value if len(value) == 6 else "".join(2 * digit for digit in value) for name, value in found}
+    return {name: tuple(int(value[at : at + 2], 16) / 255 for at in (0, 2, 4)) for name, value in wide.items()}  # type: ignore[misc]
+
+
+def contrast(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
+    """The ratio of WCAG 2.2."""
+
+    def luminance(colour: tuple[float, float, float]) -> float:
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_bars_can_be_told_from_what_is_behind_them(scheme: str) -> None:
+    """WCAG 2.2 AA: 4.5 for text, 3 for what is drawn, on every ground that it stands on."""
+    light, dark = re.findall(r":root \{(.*?)\}", TEXTS["/dashboard/dashboard.css"], re.DOTALL)
+    known = colours(light) if scheme == "light" else colours(light) | colours(dark)
+    for name in ("text", "muted", "accent", "good", "warn", "bad"):
+        for ground in ("page", "card"):
+            assert contrast(known[name], known[ground]) >= 4.5, f"{name} on {ground}"
+    assert contrast(known["bad"], known["bad-soft"]) >= 4.5
+    for number in range(8):
+        for ground in ("card", "track"):
+            assert contrast(known[f"model-{number}"], known[ground]) >= 3, f"model {number} on {ground}"
+
+
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_no_text_becomes_markup_or_code(path: str) -> None:
     """Names of workers and requests come from others; and the key stays in this tab."""

@@ -1,6 +1,8 @@
 // Asks this frontend's /admin. The key lives in sessionStorage only: this tab, until it is closed; never in an address.
 
 const KEY = "mell-admin-key";
+const LONGEST_WAIT_MS = 5_000;
+const DENIED_MS = 60_000;
 
 export class Refused extends Error {
   constructor(message, status) {
@@ -71,13 +73,14 @@ export class Feed {
   }
 
   async run() {
-    for (let wait_ms = 500; ; wait_ms = Math.min(2 * wait_ms, 5_000)) {
+    for (let wait_ms = 500; ; wait_ms = Math.min(2 * wait_ms, LONGEST_WAIT_MS)) {
       this.again = false;
       while (this.sleeping) await new Promise((done) => (this.wake = done));
       try {
         await this.watch(() => (wait_ms = 500));
       } catch (error) {
         if (!this.again) this.report(error);
+        if (error.status === 401 || error.status === 403) wait_ms = DENIED_MS;
       }
       const again = this.again;
       this.again = false;

@@ -37,19 +37,19 @@ const feed = new api.Feed({
   trouble: (message) => link("trouble", "no state", `The scheduler gives no state: ${message}.`),
   lost: (message) => link("trouble", "not connected", `Not connected: ${message}.`),
   denied(message, status) {
-    link("trouble", "no access", message);
+    link("trouble", "no access", message, status === 401 ? "Give it by “Admin key”." : "");
     if (status === 401) askForKey({ message: "" });
   },
 });
 
 // --- the link
 
-function link(kind, text, trouble = "") {
+function link(kind, text, trouble = "", again = "Trying again by itself.") {
   byId("link").dataset.link = kind;
   say(byId("link-text"), text);
   byId("trouble").hidden = !trouble;
   const age = heard_ms ? ` What you see is ${span((Date.now() - heard_ms) / 1000)} old.` : "";
-  say(byId("trouble"), trouble && `${trouble}${age} Trying again by itself.`);
+  say(byId("trouble"), trouble && `${trouble}${age} ${again}`);
   byId("main").classList.toggle("stale", Boolean(trouble) && heard_ms > 0);
   byId("pause").disabled = Boolean(trouble);
 }
@@ -188,7 +188,7 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) resting = setTimeout(() => feed.sleep(true), HIDDEN_MS);
   else feed.sleep(false);
 });
-addEventListener("resize", showCharts);
+new ResizeObserver(showCharts).observe(byId("main"));
 onTheme(() => {
   showCharts();
   fleet.draw();

@@ -4,7 +4,8 @@ import { theme } from "./theme.js";
 
 const SLIDE_MS = 450;
 
-const ease = (part) => (part >= 1 ? 1 : 1 - (1 - part) ** 3);
+// A frame's time may lie before the state that it shows first.
+const ease = (part) => 1 - (1 - Math.min(1, Math.max(0, part))) ** 3;
 
 export class Bars {
   constructor() {

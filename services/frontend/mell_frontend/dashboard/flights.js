@@ -79,7 +79,7 @@ function line(pen, path, flight, ink, now, still) {
   pen.lineDashOffset = still || landed ? 0 : -now / 30;
   pen.stroke();
   pen.setLineDash([]);
-  dot(pen, path, landed ? (failed ? 0 : 1) : still ? 0.5 : ((now - flight.born) % FLY_MS) / FLY_MS);
+  dot(pen, path, landed ? (failed ? 0 : 1) : still ? 0.5 : (Math.max(0, now - flight.born) % FLY_MS) / FLY_MS);
 }
 
 function curve(source, target, flight) {

@@ -15,7 +15,9 @@ export class Panel {
     this.onClose = onClose;
     this.onDenied = onDenied;
     byId("panel-close").addEventListener("click", () => this.close());
-    this.root.addEventListener("keydown", (event) => event.key === "Escape" && this.close());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && !byId("key-dialog").open) this.close();
+    });
     byId("drain").addEventListener("click", () => this.rehearse());
     byId("drain-now").addEventListener("click", () => this.drain());
     byId("drain-not").addEventListener("click", () => this.hidePlan());
@@ -56,13 +58,20 @@ export class Panel {
     say(byId("panel-title"), gpu.name);
     say(byId("panel-state"), gpu.state);
     byId("panel-state").dataset.state = gpu.state;
-    const drains = gpu.state === "draining" || gpu.state === "drained";
-    byId("drain").hidden = drains;
-    byId("undrain").hidden = !drains;
-    if (drains) this.hidePlan();
+    this.steer(gpu.state === "draining" || gpu.state === "drained");
     this.facts(gpu);
     this.requests(gpu);
     this.offer(cluster, gpu);
+  }
+
+  // Offers the one order that makes sense now; who was on the other is on this one.
+  steer(drains) {
+    const [offered, other] = drains ? ["undrain", "drain"] : ["drain", "undrain"];
+    const lost = document.activeElement === byId(other) || (drains && byId("plan").contains(document.activeElement));
+    byId(offered).hidden = false;
+    byId(other).hidden = true;
+    if (drains) this.hidePlan();
+    if (lost) byId(offered).focus();
   }
 
   facts(gpu) {
