@@ -1,17 +1,15 @@
 """Asks a frontend for JSON: for commands that ask once and need no HTTP package."""
 
-import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from http.client import HTTPException, HTTPResponse
+from typing import Any
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Without the environment's proxies: a stack on this machine is not behind one."""
-
-_LONGEST_LINE_BYTES = 16 * 2**20
 
 
 class GetError(Exception):
@@ -33,23 +31,29 @@ def get_json(url: str, api_key: str = "", timeout_s: float = 10.0) -> Any:
 
 def call_json(method: str, url: str, key: str, body: Any, timeout_s: float) -> Any:
     """Return the JSON that a request, with `body` as JSON if it is not None, is answered with; raises `GetError`."""
-    with _answer(method, url, key, body, timeout_s) as answer:
-        try:
-            return json.loads(answer.read())
-        except ValueError as error:
-            raise GetError(f"{url} answers with something that is no JSON") from error
+    with _opened(method, url, key, body, timeout_s) as answer:
+        return json.loads(answer.read())
 
 
-def read_lines(url: str, key: str, silence_s: float) -> Iterator[str]:
-    """Yield the lines of an answer as they come, until it ends or nothing comes for so long; raises `GetError`."""
-    with _answer("GET", url, key, None, silence_s) as answer:
-        while line := answer.readline(_LONGEST_LINE_BYTES):
-            yield line.decode(errors="replace").rstrip("\r\n")
+def read_events(url: str, key: str, timeout_s: float) -> Iterator[tuple[str, str]]:
+    """Yield the id and data of the server-sent events at `url` until they end; raises `GetError`.
+
+    A server that says nothing for `timeout_s` is lost.
+    """
+    with _opened("GET", url, key, None, timeout_s) as answer:
+        fields: dict[str, str] = {}
+        for line in map(bytes.decode, answer):
+            name, _, value = line.rstrip("\r\n").partition(":")
+            if name:
+                fields[name] = value.removeprefix(" ")
+            elif not line.strip() and "data" in fields:
+                yield fields.get("id", ""), fields["data"]
+                fields = {}
 
 
 @contextmanager
-def _answer(method: str, url: str, key: str, body: Any, timeout_s: float) -> Iterator[IO[bytes]]:
-    """Send a request and give what it is answered with; whatever goes wrong until it is read is a `GetError`."""
+def _opened(method: str, url: str, key: str, body: Any, timeout_s: float) -> Iterator[HTTPResponse]:
+    """Ask, and give the answer to who reads it; what goes wrong with either is a `GetError`."""
     if not url.startswith(("http://", "https://")):
         raise GetError(f"{url} is no http address")
     data = None if body is None else json.dumps(body).encode()
@@ -65,10 +69,10 @@ def _answer(method: str, url: str, key: str, body: Any, timeout_s: float) -> Ite
         with error:
             told = _message(error.read())
             raise GetError(f"{url} answers {error.code}: {told or 'no message'}", error.code, told) from error
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise GetError(f"{url} does not answer: {_reason(error)}") from error
-    except http.client.HTTPException as error:
-        raise GetError(f"{url} does not answer as HTTP does: {type(error).__name__}") from error
+    except ValueError as error:
+        raise GetError(f"{url} answers with something that is no JSON") from error
 
 
 def _message(body: bytes) -> str:
@@ -78,6 +82,6 @@ def _message(body: bytes) -> str:
         return ""
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | HTTPException) -> str:
     reason = getattr(error, "reason", None) or error
     return (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -46,7 +46,7 @@ class FrontendSettings(ServiceSettings):
         description="Bearer key for `/admin`, or `sha256:HEX` of it; none: only this machine itself may ask there.",
     )
     live_interval_s: float = Field(
-        1.0, ge=0.2, le=60, description="Time between two states of the cluster that the dashboard shows."
+        1.0, ge=0.2, le=10, description="Time between two states of the cluster that the dashboard shows."
     )
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
@@ -68,6 +68,7 @@ class FrontendSettings(ServiceSettings):
         5.0, gt=0, description="A worker silent this long loses its sequences to others; at least three statuses."
     )
     broker_lost_s: float = Field(60.0, gt=0, description="Streams fail after this long without the broker.")
+    events: Literal["on", "off"] = Field("on", description="Events for other systems on JetStream; also at schedulers.")
     stop_deadline_s: float = Field(30.0, ge=0, description="After SIGTERM, the longest wait for running streams.")
 
     @field_validator("models", "api_keys", "cors_origins", mode="before")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -10,15 +10,18 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 
-from mell_console.get import GetError, call_json
+from mell_console.get import GetError, call_json, read_events
 
 M = TypeVar("M", bound=BaseModel)
+E = TypeVar("E")
 
 DONE, FAILED, NOT_YET = 0, 1, 3
 """Exit codes; 2 is a wrong command line."""
 
 _WIDE = 200
 _ANSWER_S = 10.0
+_SILENCE_S = 20.0
+"""A stream of events says something every five seconds, if only that there is nothing new."""
 
 
 class AdminError(Exception):
@@ -34,10 +37,6 @@ class Frontend:
     answer_s: float = _ANSWER_S
     """How long an answer may take that needs no time."""
 
-    def address(self, path: str) -> str:
-        """Return the URL of a path of `/admin`."""
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
-
     def get(self, path: str, adapter: TypeAdapter[M]) -> M:
         """Return what a path answers; raises `AdminError`."""
         return self._call("GET", path, None, adapter, self.answer_s)
@@ -46,19 +45,36 @@ class Frontend:
         """Send an order that may take `wait_s`; raises `AdminError`."""
         return self._call("POST", path, body, adapter, self.answer_s + wait_s)
 
+    def stream(self, path: str, adapter: TypeAdapter[E]) -> Iterator[tuple[str, E]]:
+        """Yield the id and content of the events at a path, as they come; raises `AdminError`."""
+        try:
+            for position, data in read_events(self._url(path), self.admin_key, _SILENCE_S):
+                if data.startswith('{"error"'):
+                    raise AdminError(json.loads(data)["error"]["message"])
+                yield position, adapter.validate_json(data)
+        except GetError as error:
+            raise AdminError(_advice(error)) from error
+        except ValidationError as error:
+            raise AdminError(self._stranger()) from error
+
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None, adapter: TypeAdapter[M], timeout_s: float
     ) -> M:
         try:
-            return adapter.validate_python(call_json(method, self.address(path), self.admin_key, body, timeout_s))
+            return adapter.validate_python(call_json(method, self._url(path), self.admin_key, body, timeout_s))
         except GetError as error:
-            raise AdminError(advice(error)) from error
+            raise AdminError(_advice(error)) from error
         except ValidationError as error:
-            raise AdminError(f"{self.url} answers, but not as a Mell frontend does; use --url") from error
+            raise AdminError(self._stranger()) from error
+
+    def _url(self, path: str) -> str:
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
+
+    def _stranger(self) -> str:
+        return f"{self.url} answers, but not as a Mell frontend does; use --url"
 
 
-def advice(error: GetError) -> str:
-    """Return in one line what went wrong, and what to do about it."""
+def _advice(error: GetError) -> str:
     if error.status in (401, 403):
         return f"{error.told} (here: --admin-key or MELL_ADMIN_KEY)"
     if error.status is not None and error.status != 404:

@@ -42,9 +42,10 @@ def _plan(settings: UpSettings) -> StackPlan:
     models = settings.model or [FAKE_MODEL if settings.engine == "fake" else DEFAULT_MODEL]
     wish = Wish(
         models=tuple(models),
-        workers=settings.workers,
+        workers=len(settings.vllm_url) or settings.workers,
         engine=settings.engine,
         served_names=tuple(settings.served_model_name),
+        vllm_urls=tuple(settings.vllm_url),
         devices=settings.devices,
         memory_share=settings.memory_share,
     )

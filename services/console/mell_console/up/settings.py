@@ -17,7 +17,10 @@ class UpSettings(CommandLineSettings):
 
     model: StringList = Field([], description=f"Model to serve, may be repeated; {DEFAULT_MODEL} if none is named.")
     served_model_name: StringList = Field([], description="Names that clients use instead, one for each --model.")
-    engine: Literal["torch", "fake"] = Field("torch", description="`fake` needs no model: it invents text.")
+    engine: Literal["torch", "fake", "vllm"] = Field(
+        "torch", description="`fake` needs no model: it invents text; `vllm`: servers that run already."
+    )
+    vllm_url: StringList = Field([], description="vLLM servers; each gets a worker, whatever `workers` says.")
     workers: int = Field(2, ge=1, le=256, description="GPU workers; models and GPUs are dealt out in turn.")
     host: str = Field("127.0.0.1", description="Interface of the HTTP port; 0.0.0.0 lets others in.")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 takes a free one.")

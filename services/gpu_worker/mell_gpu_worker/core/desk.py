@@ -26,7 +26,7 @@ class Desk:
         self.closed = False
         self._residents = residents
         self._streams = residents.streams
-        self._rules = AdmissionRules(config.spec, config.vocab_size)
+        self._rules = AdmissionRules(config.spec, config.vocab_size, config.can)
         self._limits = Limits(config.spec.max_total_tokens, frozenset(config.eos_token_ids))
 
     def submit(self, submit: Submit, grammar_fault: str | None, now_us: int) -> Answer:
@@ -55,7 +55,7 @@ class Desk:
         return self._rules.refusal(submit, grammar_fault)
 
     def _admit(self, submit: Submit, now_us: int) -> Answer:
-        sequence = accept(submit, self._residents.next_arrival(), self._limits)
+        sequence = accept(submit, self._residents.next_order(submit.priority, now_us), self._limits)
         end = sequence.end_reason() if sequence.outputs else None
         if end is not None:
             reply = self._residents.admit_ended(sequence, now_us)

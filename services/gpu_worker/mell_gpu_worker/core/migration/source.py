@@ -46,6 +46,7 @@ from mell_shared.messages.worker import (
     KvReserved,
     Migrate,
     MigrateAccepted,
+    MigrateRefused,
     ReleaseKv,
     ReserveKv,
     WorkerReply,
@@ -54,7 +55,7 @@ from mell_shared.messages.worker import (
 _MISSES = 3
 """Questions that a target may leave unanswered in a row while it prefills."""
 _WHOLE = frozenset({SourcePhase.RESERVING, SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
-"""Until a commit is sent, the sequence must keep what is being copied."""
+"""Until a commit is sent, the sequence must keep what is being copied, if anything is."""
 _LINKED = frozenset({SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
 _FAILURES: dict[AskFailure, str] = {
     "timeout": "timeout",
@@ -81,7 +82,7 @@ class Source:
     # --- orders
 
     def order(self, migrate: Migrate, now_us: int) -> tuple[WorkerReply, list[Command]]:
-        """Begin to move a sequence, or say why not; a repeat gets the first answer."""
+        """Begin to move a sequence, or say why not; a repeat gets the first answer, or hears that it failed."""
         if migrate.migration in self.moving:
             return MigrateAccepted(), []
         past = self._past.reply(migrate.migration, now_us)
@@ -92,7 +93,7 @@ class Source:
             self._past.remember(migrate.migration, refused, now_us)
             return refused, []
         move = self.moving[migrate.migration] = self._orders.begin(migrate, now_us)
-        question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout)
+        question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout, now_us)
         return MigrateAccepted(), [self._ask(move, question, self._limits.peer_timeout_us)]
 
     @staticmethod
@@ -239,7 +240,8 @@ class Source:
         phase = move.standing.phase
         if phase is SourcePhase.OVER:
             return None
-        if not move.sequence.live or (move.sequence.phase is Phase.WAITING and phase in _WHOLE):
+        preempted = move.sequence.phase is Phase.WAITING and phase in _WHOLE
+        if not move.sequence.live or (preempted and move.needs_blocks):
             return SourceEvent.LOST
         if phase is SourcePhase.COPYING and self._tail_small(move):
             return SourceEvent.TAIL_SMALL
@@ -315,7 +317,7 @@ class Source:
         said = [command for act in acts for command in self._do(move, act, now_us)]
         if move.standing.phase is SourcePhase.OVER:
             del self.moving[move.migration]
-            self._past.remember(move.migration, MigrateAccepted(), now_us)
+            self._past.remember(move.migration, _looking_back(move, failed=Act.FAIL in acts), now_us)
         return said
 
     def _do(self, move: Outgoing, act: Act, now_us: int) -> list[Command]:
@@ -342,3 +344,8 @@ class Source:
             case _:
                 raise AssertionError(f"a source does not {act}")
         return []
+
+
+def _looking_back(move: Outgoing, *, failed: bool) -> MigrateAccepted | MigrateRefused:
+    """What a repeated order is told of a move that is over: whoever leads only now has not heard why it failed."""
+    return MigrateRefused(reason=move.reason, message=move.message) if failed else MigrateAccepted()

@@ -96,7 +96,7 @@ class Target:
 
     def _hold(self, asked: ReserveKv, reply_to: str, now_us: int) -> tuple[KvRefused | None, list[Command]]:
         limits = Limits(self._spec.max_total_tokens, frozenset(self._config.eos_token_ids))
-        sequence = arriving(asked, self._residents.next_arrival(), limits)
+        sequence = arriving(asked, self._residents.next_order(asked.priority, now_us - asked.age_us), limits)
         tokens = len(sequence.token_ids) + max(1, min(asked.growth_tokens, sequence.max_outputs - sequence.outputs))
         if not self._batcher.reserve(sequence, tokens):
             free = self._batcher.pool.free_blocks
@@ -280,11 +280,11 @@ class Target:
         move.question = None
         return [Reply(question.reply_to, CaughtUp(computed_tokens=sequence.computed))]
 
-    def abandon(self, now_us: int) -> list[Command]:
-        """The worker is about to end: nothing that comes can be run here."""
+    def abandon(self, now_us: int, message: str = "this worker ends") -> list[Command]:
+        """Nothing that comes can be run here any more."""
         said: list[Command] = []
         for move in tuple(self.coming.values()):
-            said += self._apply(move, TargetEvent.LOST, now_us, "stopping", "this worker ends")
+            said += self._apply(move, TargetEvent.LOST, now_us, "stopping", message)
         return said
 
     # --- doing what the table says
