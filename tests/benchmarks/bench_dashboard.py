@@ -76,7 +76,7 @@ def test_frames() -> None:
         "script %",
         "layout %",
         "style %",
-        "all of the main thread %",
+        "main thread %",
         "heap MB",
     ]
     print_table(f"Dashboard in headless Chromium, {SECONDS} s each", head, rows)
