@@ -1,26 +1,27 @@
 """Takes the pictures of the dashboard in these pages: a real stack with invented text, a wave of load, a real Chromium.
 
-    pip install pillow && python docs/record_dashboard.py      (3 minutes; Chromium must be there)
+    pip install pillow && python docs/record_dashboard.py      (5 minutes; Chromium must be there)
 
+What the feed tells is recorded while the stack runs, and shown to the page again state by state afterwards, under a
+clock that waits for each picture: so the film is smooth however busy the machine is.
 Writes `dashboard.webp`, a picture, and `dashboard-live.webp`, some seconds of it moving.
 """
 
 import asyncio
-import base64
-import contextlib
 import io
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 from PIL import Image
 from playwright.async_api import Page, async_playwright
-from playwright.async_api import TimeoutError as PlaywrightTimeoutError
 
 HERE = Path(__file__).parent
 PORT = 8137
@@ -28,12 +29,10 @@ URL = f"http://127.0.0.1:{PORT}"
 MODELS = ("model-a", "model-b")
 WORKERS = 10
 SIZE = (1440, 860)
-WAVE = ((55, 2.4), (25, 0.8), (90, 1.5))
-"""Seconds, and requests started in each: many, fewer, so that GPUs run empty, and more again."""
-RECORD_AT_S, RECORD_S, DRAIN_AT_S = 52, 15.0, 3.0
-DRAINED = "worker-3"
-PICTURE_WAIT_S = 45
-FRAMES_PER_S = 6
+WAVE = ((48, 2.3), (60, 0.6))
+"""Seconds, and requests started in each: many, then fewer, so that GPUs run empty."""
+FILM_FROM_S, OPEN_AT_S, REHEARSE_AT_S, DRAIN_AT_S, CLOSE_AT_S, FILM_TO_S = 62.0, 65.0, 66.0, 67.5, 72.0, 76.0
+FRAMES_PER_S = 10
 SHOWN_WIDTH = 1000
 STACK = {
     "MELL_FAKE_STEP_US": "70000",
@@ -41,8 +40,30 @@ STACK = {
     "MELL_TRANSPORT": "tcp",
     "MELL_LANE_PROBES": "0",
     "MELL_PROFILE_S": "0",
+    "MELL_EVENTS": "off",
     "MELL_LIVE_INTERVAL_S": "0.5",
 }
+# The page gets the recorded feed and answers in the place of the frontend's; all else is the frontend's.
+STAND_IN = """
+const ask = window.fetch;
+window.fetch = (path, options) => {
+  if (path === "/admin/live") {
+    const start = control => { window.tell = text => control.enqueue(new TextEncoder().encode(text)); };
+    return Promise.resolve(new Response(new ReadableStream({ start })));
+  }
+  if (path.endsWith("/drain")) return Promise.resolve(new Response(window.answer));
+  return ask(path, options);
+};
+"""
+
+
+@dataclass
+class Tape:
+    """What the feed told, each event with its time, and what the scheduler answered to a drain."""
+
+    events: list[tuple[float, str]] = field(default_factory=list)
+    rehearsal: str = ""
+    drained: str = ""
 
 
 def start_stack() -> subprocess.Popen[bytes]:
@@ -102,78 +123,119 @@ async def load(client: httpx.AsyncClient) -> None:
             task.cancel()
 
 
-async def drain(page: Page) -> None:
-    """Empty a worker by the page's own buttons."""
-    await asyncio.sleep(DRAIN_AT_S)
-    await page.locator(".gpu", has_text=DRAINED).click()
-    await asyncio.sleep(1.5)
-    await page.get_by_role("button", name="Drain…").click()
-    await asyncio.sleep(1.5)
-    await page.get_by_role("button", name="Drain now").click()
+async def listen(client: httpx.AsyncClient, tape: Tape, begun_s: float) -> None:
+    """Record the feed."""
+    kind = ""
+    async with client.stream("GET", "/admin/live") as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("event: "):
+                kind = line
+            elif line.startswith("data: "):
+                tape.events.append((time.monotonic() - begun_s, f"{kind}\n{line}\n\n"))
 
 
-async def record(page: Page) -> list[tuple[float, Image.Image]]:
-    """Return what the browser shows while a worker is drained, each picture with its time."""
-    session = await page.context.new_cdp_session(page)
-    shots: list[tuple[float, bytes]] = []
-    begun_s = time.monotonic()
-    draining = asyncio.create_task(drain(page))
-    while (at_s := time.monotonic() - begun_s) < RECORD_S:
-        wanted = {"format": "jpeg", "quality": 92, "optimizeForSpeed": True}
-        shots.append((at_s, base64.b64decode((await session.send("Page.captureScreenshot", wanted))["data"])))
-    await draining
-    return [(at_s, Image.open(io.BytesIO(data)).convert("RGB")) for at_s, data in shots]
+async def rehearse(client: httpx.AsyncClient) -> tuple[str, str]:
+    """Return where to order the drain that moves most, of those that leave nothing behind, and its plan."""
+    plans = []
+    for worker in (await client.get("/admin/status")).json()["workers"]:
+        path = f"/admin/workers/{worker['worker']}/drain"
+        plan = (await client.post(path, json={"dry_run": True})).text
+        rows = json.loads(plan)["sequences"]
+        plans.append((all(row["target"] for row in rows), len(rows), path, plan))
+    return max(plans)[2:]
 
 
-def write_film(shots: list[tuple[float, Image.Image]]) -> None:
-    """Write an even number of pictures a second, small enough for a page."""
-    height = round(SIZE[1] * SHOWN_WIDTH / SIZE[0])
-    times = [step / FRAMES_PER_S for step in range(int(RECORD_S * FRAMES_PER_S))]
-    frames = [
-        max((shot for shot in shots if shot[0] <= max(at_s, shots[0][0])), key=lambda shot: shot[0])[1]
-        for at_s in times
-    ]
-    small = [frame.resize((SHOWN_WIDTH, height), Image.Resampling.LANCZOS) for frame in frames]
-    small[0].save(
-        HERE / "dashboard-live.webp",
-        save_all=True,
-        append_images=small[1:],
-        duration=1_000 // FRAMES_PER_S,
-        loop=0,
-        quality=45,
-        method=4,
-    )
+async def record(client: httpx.AsyncClient) -> Tape:
+    """Load the stack, drain a worker in the middle of it, and return what was told."""
+    tape, begun_s = Tape(), time.monotonic()
+    working = [asyncio.create_task(load(client)), asyncio.create_task(listen(client, tape, begun_s))]
+    await asyncio.sleep(REHEARSE_AT_S)
+    path, tape.rehearsal = await rehearse(client)
+    await asyncio.sleep(DRAIN_AT_S - (time.monotonic() - begun_s))
+    tape.drained = (await client.post(path, json={})).text
+    await asyncio.sleep(FILM_TO_S + 1 - (time.monotonic() - begun_s))
+    for task in working:
+        task.cancel()
+    await asyncio.wait(working)
+    return tape
 
 
-async def watch() -> None:
-    """Open the page and take both."""
+async def press(page: Page, selector: str) -> None:
+    """Press a button; as its page does it, for the clock stands still."""
+    await page.eval_on_selector(selector, "button => button.click()")
+
+
+async def act(page: Page, tape: Tape, at_s: float, until_s: float) -> None:
+    """Do what somebody at the page did between two pictures."""
+    worker = json.loads(tape.drained)["name"]
+    card = f'.gpu[aria-label^="{worker}:"]'
+    acts = {
+        OPEN_AT_S: (card, ""),
+        REHEARSE_AT_S: ("#drain", tape.rehearsal),
+        DRAIN_AT_S: ("#drain-now", tape.drained),
+        CLOSE_AT_S: ("#panel-close", ""),
+    }
+    for when_s, (selector, answer) in acts.items():
+        if at_s <= when_s < until_s:
+            await page.evaluate("text => { window.answer = text; }", answer)
+            await press(page, selector)
+
+
+async def picture(page: Page) -> Image.Image:
+    """Return the page as it is."""
+    return Image.open(io.BytesIO(await page.screenshot(type="jpeg", quality=95))).convert("RGB")
+
+
+async def film(page: Page, tape: Tape) -> list[Image.Image]:
+    """Play the tape to the page, and take a picture of each step."""
+    step_s = 1 / FRAMES_PER_S
+    frames: list[Image.Image] = []
+    left = list(tape.events)
+    at_s = left[0][0]
+    while at_s < FILM_TO_S:
+        filming = at_s >= FILM_FROM_S
+        until_s = at_s + (step_s if filming else 0.5)
+        while left and left[0][0] < until_s:
+            await page.evaluate("text => window.tell(text)", left.pop(0)[1])
+        await act(page, tape, at_s, until_s)
+        await page.clock.run_for(round(1_000 * (until_s - at_s)))
+        if filming:
+            frames.append(await picture(page))
+        at_s = until_s
+    return frames
+
+
+async def show(tape: Tape) -> list[Image.Image]:
+    """Open the page before the stand-in, and return the film."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = await browser.new_page(viewport={"width": SIZE[0], "height": SIZE[1]})
+        await page.add_init_script(STAND_IN)
+        await page.clock.install()
         await page.goto(f"{URL}/dashboard")
-        await asyncio.sleep(RECORD_AT_S)
-        shots = await record(page)
-        await page.get_by_role("button", name="Undrain").click()
-        await page.keyboard.press("Escape")
-        await asyncio.sleep(12)
-        with contextlib.suppress(PlaywrightTimeoutError):  # a picture without a move is a picture too
-            await page.locator('#moves [data-outcome="moving"]').first.wait_for(timeout=1_000 * PICTURE_WAIT_S)
-        picture = Image.open(io.BytesIO(await page.screenshot())).convert("RGB")
-        picture.save(HERE / "dashboard.webp", quality=88, method=6)
+        await page.wait_for_function("() => window.tell !== undefined")
+        frames = await film(page, tape)
         await browser.close()
-    write_film(shots)
+    return frames
+
+
+def write(frames: list[Image.Image]) -> None:
+    """Write the film small enough for a page, and of its first second one picture."""
+    frames[FRAMES_PER_S].save(HERE / "dashboard.webp", quality=88, method=6)
+    size = (SHOWN_WIDTH, round(SIZE[1] * SHOWN_WIDTH / SIZE[0]))
+    small = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
+    film = {"save_all": True, "append_images": small[1:], "duration": 1_000 // FRAMES_PER_S, "loop": 0}
+    small[0].save(HERE / "dashboard-live.webp", quality=45, method=4, **film)
 
 
 async def main() -> None:
-    """Start everything, take the pictures, stop everything."""
+    """Start everything, record, show, write; stop everything."""
     stack = start_stack()
     try:
         async with httpx.AsyncClient(base_url=URL, timeout=600, trust_env=False) as client:
             await ready(client)
-            loading = asyncio.create_task(load(client))
-            await watch()
-            loading.cancel()
-            await asyncio.wait([loading])
+            tape = await record(client)
+        write(await show(tape))
     finally:
         stack.send_signal(signal.SIGTERM)
         stack.wait(60)

@@ -121,6 +121,12 @@ def test_a_frame_fits_a_terminal_and_says_what_it_leaves_out() -> None:
     assert "more workers" in text
 
 
+def test_workers_are_in_the_order_of_their_numbers() -> None:
+    """Like on the page."""
+    text = shown(live(*(worker(f"gpu-{number}") for number in (10, 9, 1))))
+    assert text.index("gpu-1 ") < text.index("gpu-9") < text.index("gpu-10")
+
+
 def test_once_prints_one_state_and_ends() -> None:
     """Code 0; the key goes with the request."""
     state = event("state", live(worker("a")))

@@ -1,5 +1,6 @@
 """A state of the feed as a terminal shows it. Pure: a state in, something to print out."""
 
+import re
 from collections import Counter
 from typing import Literal
 
@@ -22,6 +23,7 @@ _STANDINGS: tuple[Literal["active", "draining", "standby", "drained", "silent"],
     "drained",
     "silent",
 )
+_LONGEST_BAR = 100
 _FIXED_COLUMNS = 60
 """Of a row of the table, without its bar."""
 
@@ -37,7 +39,7 @@ def frame(state: LiveState, width: int, height: int | None, trouble: str = "") -
         room = max(3, height - len(head) - 5)
         moves = moves[: max(0, min(8, room - min(len(rows), room * 2 // 3) - 2))]
         rows = rows[: room - (len(moves) + 2 if moves else 0)]
-    parts = [*head, "", workers_table(state, rows, max(10, width - _FIXED_COLUMNS))]
+    parts = [*head, "", workers_table(state, rows, min(_LONGEST_BAR, max(10, width - _FIXED_COLUMNS)))]
     if len(rows) < len(state.status.workers):
         parts.append(f"and {len(state.status.workers) - len(rows)} more workers")
     if moves:
@@ -116,5 +118,7 @@ def bar(state: LiveState, worker: WorkerStatus, held: list[int], hue: str, width
     return text.append(_MARKS["free"] * (width - len(text)), "dim")
 
 
-def _order(worker: WorkerStatus) -> tuple[bool, str]:
-    return worker.state in ("standby", "drained"), worker.name
+def _order(worker: WorkerStatus) -> tuple[bool, list[tuple[int, str]]]:
+    """Those that hold something first; worker-2 before worker-10."""
+    name = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", worker.name)]
+    return worker.state in ("standby", "drained"), name
