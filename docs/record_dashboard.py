@@ -31,8 +31,10 @@ WORKERS = 10
 SIZE = (1440, 860)
 WAVE = ((48, 2.3), (60, 0.6))
 """Seconds, and requests started in each: many, then fewer, so that GPUs run empty."""
-FILM_FROM_S, OPEN_AT_S, REHEARSE_AT_S, DRAIN_AT_S, CLOSE_AT_S, FILM_TO_S = 62.0, 65.0, 66.0, 67.5, 72.0, 76.0
-FRAMES_PER_S = 10
+REHEARSE_AT_S = 64.0
+BEFORE_S, OPEN_BEFORE_S, THINK_S, CLOSE_AFTER_S, AFTER_S = 4.0, 1.0, 1.5, 1.5, 8.5
+"""The film: from so long before the plan of a drain is asked for, to so long after it is ordered."""
+FRAMES_PER_S = 8
 SHOWN_WIDTH = 1000
 STACK = {
     "MELL_FAKE_STEP_US": "70000",
@@ -63,7 +65,9 @@ class Tape:
 
     events: list[tuple[float, str]] = field(default_factory=list)
     rehearsal: str = ""
+    rehearsed_s: float = 0.0
     drained: str = ""
+    drained_s: float = 0.0
 
 
 def start_stack() -> subprocess.Popen[bytes]:
@@ -151,9 +155,11 @@ async def record(client: httpx.AsyncClient) -> Tape:
     working = [asyncio.create_task(load(client)), asyncio.create_task(listen(client, tape, begun_s))]
     await asyncio.sleep(REHEARSE_AT_S)
     path, tape.rehearsal = await rehearse(client)
-    await asyncio.sleep(DRAIN_AT_S - (time.monotonic() - begun_s))
+    tape.rehearsed_s = time.monotonic() - begun_s
+    await asyncio.sleep(THINK_S)
+    tape.drained_s = time.monotonic() - begun_s
     tape.drained = (await client.post(path, json={})).text
-    await asyncio.sleep(FILM_TO_S + 1 - (time.monotonic() - begun_s))
+    await asyncio.sleep(AFTER_S + 1)
     for task in working:
         task.cancel()
     await asyncio.wait(working)
@@ -170,10 +176,10 @@ async def act(page: Page, tape: Tape, at_s: float, until_s: float) -> None:
     worker = json.loads(tape.drained)["name"]
     card = f'.gpu[aria-label^="{worker}:"]'
     acts = {
-        OPEN_AT_S: (card, ""),
-        REHEARSE_AT_S: ("#drain", tape.rehearsal),
-        DRAIN_AT_S: ("#drain-now", tape.drained),
-        CLOSE_AT_S: ("#panel-close", ""),
+        tape.rehearsed_s - OPEN_BEFORE_S: (card, ""),
+        tape.rehearsed_s: ("#drain", tape.rehearsal),
+        tape.drained_s: ("#drain-now", tape.drained),
+        tape.drained_s + CLOSE_AFTER_S: ("#panel-close", ""),
     }
     for when_s, (selector, answer) in acts.items():
         if at_s <= when_s < until_s:
@@ -186,26 +192,33 @@ async def picture(page: Page) -> Image.Image:
     return Image.open(io.BytesIO(await page.screenshot(type="jpeg", quality=95))).convert("RGB")
 
 
-async def film(page: Page, tape: Tape) -> list[Image.Image]:
-    """Play the tape to the page, and take a picture of each step."""
+async def moving(page: Page) -> int:
+    """Return how many moves are to be seen, with nothing before them."""
+    if await page.locator("#panel").is_visible():
+        return 0
+    return await page.locator('#moves [data-outcome="moving"]').count()
+
+
+async def film(page: Page, tape: Tape) -> list[tuple[int, Image.Image]]:
+    """Play the tape to the page, and take a picture of each step, with the moves that it shows."""
     step_s = 1 / FRAMES_PER_S
-    frames: list[Image.Image] = []
+    frames: list[tuple[int, Image.Image]] = []
     left = list(tape.events)
     at_s = left[0][0]
-    while at_s < FILM_TO_S:
-        filming = at_s >= FILM_FROM_S
+    while at_s < tape.drained_s + AFTER_S:
+        filming = at_s >= tape.rehearsed_s - BEFORE_S
         until_s = at_s + (step_s if filming else 0.5)
         while left and left[0][0] < until_s:
             await page.evaluate("text => window.tell(text)", left.pop(0)[1])
         await act(page, tape, at_s, until_s)
         await page.clock.run_for(round(1_000 * (until_s - at_s)))
         if filming:
-            frames.append(await picture(page))
+            frames.append((await moving(page), await picture(page)))
         at_s = until_s
     return frames
 
 
-async def show(tape: Tape) -> list[Image.Image]:
+async def show(tape: Tape) -> list[tuple[int, Image.Image]]:
     """Open the page before the stand-in, and return the film."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
@@ -219,12 +232,19 @@ async def show(tape: Tape) -> list[Image.Image]:
     return frames
 
 
-def write(frames: list[Image.Image]) -> None:
-    """Write the film small enough for a page, and of its first second one picture."""
-    frames[FRAMES_PER_S].save(HERE / "dashboard.webp", quality=88, method=6)
+def write(frames: list[tuple[int, Image.Image]]) -> None:
+    """Write the film small enough for a page, and the picture with the most moves."""
+    _, best = max(frames, key=lambda frame: frame[0])
+    best.save(HERE / "dashboard.webp", quality=88, method=6)
     size = (SHOWN_WIDTH, round(SIZE[1] * SHOWN_WIDTH / SIZE[0]))
-    small = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
-    film = {"save_all": True, "append_images": small[1:], "duration": 1_000 // FRAMES_PER_S, "loop": 0}
+    small = [frame.resize(size, Image.Resampling.LANCZOS) for _, frame in frames]
+    film = {
+        "save_all": True,
+        "append_images": small[1:],
+        "duration": 1_000 // FRAMES_PER_S,
+        "loop": 0,
+        "kmax": 2 * FRAMES_PER_S,
+    }
     small[0].save(HERE / "dashboard-live.webp", quality=45, method=4, **film)
 
 

@@ -7,6 +7,8 @@ import { theme } from "./theme.js";
 const FLY_MS = 900;
 const LINGER_MS = 2_200;
 const MOST_LABELS = 8;
+// Where on their curves labels stand in turn, so that those of neighbours lie less on each other.
+const PLACES = [0.5, 0.3, 0.7];
 
 export function loadText(move, gpu) {
   const { bytes: size, tokens } = load(move, gpu);
@@ -56,7 +58,8 @@ export class Flights {
       const path = curve(source, target, flight);
       const ink = flight.ended && now > flight.ended ? Math.max(0, 1 - (now - flight.ended) / linger_ms) : 1;
       line(pen, path, flight, ink, now, still);
-      if (labels++ < MOST_LABELS) label(pen, path, flight, ink);
+      if (labels < MOST_LABELS) label(pen, on(path, PLACES[labels % PLACES.length]), flight, ink);
+      labels += 1;
     }
     pen.globalAlpha = 1;
     return this.flying.size > 0;
@@ -113,10 +116,9 @@ function dot(pen, path, part) {
   pen.stroke();
 }
 
-function label(pen, path, flight, ink) {
+function label(pen, [x, y], flight, ink) {
   pen.globalAlpha = ink;
   pen.font = "600 12px system-ui, sans-serif";
-  const [x, y] = on(path, 0.5);
   const { width } = pen.measureText(flight.text);
   pen.fillStyle = theme.card;
   pen.strokeStyle = theme.accent;
