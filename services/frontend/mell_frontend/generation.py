@@ -95,6 +95,26 @@ class Gateway(Protocol):
         """Whether the broker is connected and a scheduler answered lately."""
         ...
 
+    @property
+    def name(self) -> str:
+        """The frontend's id."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken any more."""
+        ...
+
+    @property
+    def open_streams(self) -> int:
+        """How many sequences have neither ended nor been closed."""
+        ...
+
+    @property
+    def tokens_accepted(self) -> int:
+        """Tokens taken from workers since the start."""
+        ...
+
     async def admin(self, request: AdminRequest) -> AdminReply:
         """Return what the leading scheduler answers to an operator; raises `GenerationError` (`unavailable`)."""
         ...
