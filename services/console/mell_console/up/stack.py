@@ -31,7 +31,10 @@ _PULL_STOP_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """What to start: settings, workers, the chosen port, the folder of this run, this process's environment."""
+    """What to start: settings, workers, the chosen port, the folder of this run, this process's environment.
+
+    Of the workers the first `settings.least_workers` are started at once.
+    """
 
     settings: UpSettings
     workers: tuple[WorkerPlan, ...]
@@ -66,25 +69,51 @@ class Stack:
         self._tiers: dict[str, list[Service]] = {"frontend": [], "workers": [], "scheduler": []}
         self._logs: list[LogFile] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._launch: Launch | None = None
 
     async def start(self) -> None:
         """Start everything and return when a request would be answered; raises `StartError`."""
         deadline_s = time.monotonic() + self._plan.settings.ready_s
-        launch = Launch(
+        launch = self._launch = Launch(
             self._plan.settings, sys.executable, self._plan.environment, await self._find_broker(), self._plan.port
         )
+        first = self._plan.workers[: self._plan.settings.least_workers]
         scheduler = self._service(launch.scheduler(), "scheduler")
         scheduler_ready = asyncio.create_task(self._await_ready(scheduler, "scheduler", deadline_s))
         try:
             await self._pull_models(launch)
             # The frontend and the workers start side by side: both load much before they can talk.
-            specs = [launch.worker(part, number) for number, part in enumerate(self._plan.workers, start=1)]
+            specs = [launch.worker(part, number) for number, part in enumerate(first, start=1)]
             others = [self._service(spec, "workers") for spec in specs]
             others.append(self._service(launch.frontend(self._plan.workers), "frontend"))
             await _all([scheduler_ready, *(self._ready_task(service, deadline_s) for service in others)])
         finally:
             scheduler_ready.cancel()
-        await await_workers(self._plan.url, self._plan.admin_key, len(self._plan.workers), deadline_s)
+        await await_workers(self._plan.url, self._plan.admin_key, len(first), deadline_s)
+
+    async def start_worker(self, name: str) -> None:
+        """Start one more of the plan's workers and return when it is ready; raises `StartError`."""
+        assert self._launch is not None, "the stack has started"
+        if any(service.name == name for service in self._tiers["workers"]):
+            return  # it is there, or is being started again
+        number = next((number for number, part in enumerate(self._plan.workers, 1) if part.name == name), 0)
+        if not number:
+            raise StartError(f"there is no place for {name}: --workers {self._plan.settings.workers}")
+        service = self._service(self._launch.worker(self._plan.workers[number - 1], number), "workers")
+        try:
+            await self._await_ready(service, name, time.monotonic() + self._plan.settings.ready_s)
+        except StartError:
+            await self._drop(service)
+            raise
+
+    async def stop_worker(self, name: str) -> None:
+        """Stop one worker for good; one that is not there is stopped already."""
+        for service in [service for service in self._tiers["workers"] if service.name == name]:
+            await self._drop(service)
+
+    async def _drop(self, service: Service) -> None:
+        await service.stop(self._plan.settings.stop_s)
+        self._tiers["workers"].remove(service)
 
     async def stop(self) -> None:
         """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""
