@@ -39,7 +39,12 @@ class CommandPort:
 
     async def _run(self, action: str, count: int, names: Sequence[str], more: Mapping[str, str]) -> None:
         arguments = (*self._arguments, action, str(count), *names)
-        given = {"MELL_SCALER_ACTION": action, "MELL_SCALER_COUNT": str(count), "MELL_SCALER_MODEL": self._model, **more}
+        given = {
+            "MELL_SCALER_ACTION": action,
+            "MELL_SCALER_COUNT": str(count),
+            "MELL_SCALER_MODEL": self._model,
+            **more,
+        }
         # A file, since a worker that the program leaves running would hold a pipe open.
         with tempfile.TemporaryFile() as output:
             async with self._one:

@@ -53,20 +53,19 @@ class ScalerLoop:
         self._frontend = frontend
         self._port = port
         self._clock = clock
+        self._orders: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._answered = True
 
     async def run(self, stop: asyncio.Event, tell: Callable[[Tell], None]) -> None:
         """Scale until `stop` is set; orders under way to the port are then given up."""
-        try:
+        async with asyncio.TaskGroup() as self._orders:
             while not stop.is_set():
                 await self._look(tell)
                 await _wait(stop, _INTERVAL_S)
             await self._carry_out(self._core.end(self._clock.now_us()), tell)
-        finally:
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _look(self, tell: Callable[[Tell], None]) -> None:
         try:
@@ -103,7 +102,8 @@ class ScalerLoop:
             tell(Tell(f"{path}: {error}", "warning"))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        assert self._orders is not None, "it runs"
+        task = self._orders.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -23,9 +23,7 @@ class UpSettings(CommandLineSettings):
     workers: WorkerRange = Field(
         "2", description="GPU workers, models and GPUs dealt out in turn; 1..4: as many of these as are needed."
     )
-    spare_workers: int = Field(
-        0, ge=0, description="With 1..4: workers beyond those needed, for arrivals."
-    )
+    spare_workers: int = Field(0, ge=0, description="With 1..4: workers beyond those needed, for arrivals.")
     scale_up_s: float = Field(
         1.0, ge=0, description="With 1..4: workers are started once more have been needed for so long."
     )

@@ -99,7 +99,11 @@ class Stack:
         number = next((number for number, part in enumerate(self._plan.workers, 1) if part.name == name), 0)
         if not number:
             raise StartError(f"there is no place for {name}: --workers {self._plan.settings.workers}")
-        service = self._service(self._launch.worker(self._plan.workers[number - 1], number), "workers")
+        spec = self._launch.worker(self._plan.workers[number - 1], number)
+        try:
+            service = self._service(spec, "workers")
+        except OSError as error:
+            raise StartError(f"{name}: cannot write {error.filename}: {error.strerror}") from error
         try:
             await self._await_ready(service, name, time.monotonic() + self._plan.settings.ready_s)
         except StartError:
