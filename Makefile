@@ -23,9 +23,11 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 up: venv
 	$(BIN)/mell up $(ARGS)
 
+# Two processes, for much of the time goes into waiting for real ones; a file's tests stay together and in order.
 # Only all tests together can be held to the coverage that pyproject.toml asks for.
+JOBS ?= 2
 test: venv
-	$(BIN)/python -m pytest $(or $(ARGS),--cov)
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(JOBS) --dist loadfile --cov)
 
 soak: venv
 	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)

@@ -19,7 +19,7 @@ from mell_gpu_worker.core.migration.outgoing import Outgoing
 from mell_gpu_worker.core.migration.source import Source
 from mell_gpu_worker.core.migration.tables import Act
 from mell_gpu_worker.core.migration.target import Target
-from mell_gpu_worker.core.sequence import Sequence
+from mell_gpu_worker.core.sequence import Order, Sequence
 from mell_gpu_worker.core.streams import Streams
 from mell_gpu_worker.core.watch import FrontendWatch
 from mell_scheduler.core.ledger import Ledger
@@ -187,8 +187,8 @@ def output_taken_for_prompt(patch: Patch) -> None:
     """What a new owner got as delivered output counts as prompt."""
     accept = sequence.accept
 
-    def careless(submit: Submit, arrival: int, limits: Any) -> Sequence:
-        accepted = accept(submit, arrival, limits)
+    def careless(submit: Submit, order: Order, limits: Any) -> Sequence:
+        accepted = accept(submit, order, limits)
         accepted.prompt_tokens += len(submit.output_ids)
         return accepted
 

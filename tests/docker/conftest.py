@@ -26,8 +26,15 @@ from tests.docker.engine import (
 )
 
 PROJECT = "mell-docker-test"
+_ADMIN_KEY = "of-these-tests"
 _HEALTHY_S = 180.0
 _IMAGES = ("console", "frontend", "gpu-worker", "scheduler")
+_SLOW_ENGINE = """\
+services:
+  gpu_worker:
+    environment: {MELL_FAKE_STEP_US: "10000", MELL_FAKE_KV_BYTES_PER_TOKEN: "4096"}
+"""
+"""So that a request runs long enough to be moved, and has KV worth moving."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class ComposedStack:
 
     def mell(self, *arguments: str) -> str:
         """Run `mell` in a container of its own on the stack's inner network, and return what it prints."""
-        return self.docker("run", "--rm", "--network", f"{PROJECT}_inner", self.image("console"), *arguments)
+        network, key = f"{PROJECT}_inner", f"MELL_ADMIN_KEY={_ADMIN_KEY}"
+        return self.docker("run", "--rm", "--network", network, "--env", key, self.image("console"), *arguments)
 
     def containers(self) -> dict[str, dict[str, str]]:
         """Return the stack's containers by name, each with what the engine says of its state."""
@@ -96,7 +104,8 @@ def stack(workplace: Path) -> Iterator[ComposedStack]:
     """Build the images, run the stack with two workers, and remove all of it afterwards."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"MELL_ENGINE": "fake", "MELL_MODEL": "fake", "MELL_PUBLISH": address}
+    settings = {"MELL_ENGINE": "fake", "MELL_MODEL": "fake", "MELL_PUBLISH": address, "MELL_ADMIN_KEY": _ADMIN_KEY}
+    settings["COMPOSE_FILE"] = "docker-compose.yml:slow.yml"
     for image in _IMAGES:
         variable = f"MELL_{image.removeprefix('gpu-').upper()}_IMAGE"
         settings[variable] = f"{PROJECT}-{image}"
@@ -113,6 +122,7 @@ def stack(workplace: Path) -> Iterator[ComposedStack]:
 
 
 def _running(made: ComposedStack) -> Iterator[ComposedStack]:
+    (made.folder / "slow.yml").write_text(_SLOW_ENGINE)
     made.compose("build")
     try:
         made.up(workers=2)

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -9,18 +10,25 @@ from tests.docker.conftest import ComposedStack
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 
-def chat(stack: ComposedStack) -> str:
-    """Return the text of a chat answer, streamed through the published port to the official client."""
+def stream(stack: ComposedStack, max_tokens: int) -> Iterator[tuple[str, str]]:
+    """Yield the id of a chat answer with each piece of its text, through the published port to the official client."""
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", timeout=60) as client:
         chunks = client.chat.completions.create(
             model="fake",
             messages=[{"role": "user", "content": "Hello"}],
-            max_tokens=16,
+            max_tokens=max_tokens,
             seed=7,
             stream=True,
             extra_body={"ignore_eos": True},
         )
-        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        for chunk in chunks:
+            if chunk.choices:
+                yield chunk.id, chunk.choices[0].delta.content or ""
+
+
+def chat(stack: ComposedStack, max_tokens: int = 16) -> str:
+    """Return the text of a chat answer."""
+    return "".join(text for _, text in stream(stack, max_tokens))
 
 
 def bench(stack: ComposedStack) -> dict[str, object]:
@@ -46,6 +54,20 @@ def test_the_stack_answers_a_chat_also_with_four_workers(stack: ComposedStack) -
     assert {str(worker["model"]) for worker in stack.workers()} == {"fake"}
     assert bench(stack)["whole"] == 40
     assert chat(stack) == first
+
+
+def test_a_request_moves_from_container_to_container_while_it_runs(stack: ComposedStack) -> None:
+    """An operator moves its KV through the inner network; the client reads the text of a request left alone."""
+    alone = chat(stack, 1_500)
+    pieces = stream(stack, 1_500)
+    request, text = next(pieces)
+    told = json.loads(stack.mell("status", "--requests", "--json"))
+    (here,) = {row["worker"] for row in told["sequences"] if row["sequence"].startswith(request)}
+    there = next(row["worker"] for row in told["workers"] if row["worker"] != here)
+    (move,) = json.loads(stack.mell("migrate", request, "--to", there, "--mode", "kv", "--json"))["moves"]
+    assert (move["state"], move["move"]["target"]) == ("committed", there)
+    assert move["move"]["copied_bytes"] > 100_000
+    assert text + "".join(more for _, more in pieces) == alone
 
 
 @pytest.mark.parametrize("image", ["console", "frontend", "gpu-worker", "scheduler"])

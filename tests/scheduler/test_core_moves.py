@@ -411,6 +411,58 @@ def test_a_worker_with_preempted_sequences_takes_nothing() -> None:
     assert scene.answer("s2", 160, 1) in {placed("a"), queued(0), None}
 
 
+class Starved(Packed):
+    """`a` is full, and has preempted one of its sequences; `b` holds `used` of its 100 blocks."""
+
+    def __init__(self, used: int = 10, modes: tuple[str, ...] = ("kv", "tokens")) -> None:
+        super().__init__(modes=modes)
+        self.rows["b"] = [("small", 1, 16 * used, used)]
+        self.wait(2)
+
+    def second(self) -> list[Command]:
+        """Everybody reports, and a second passes."""
+        said = self.report("a", ("big", 1, 1_520, 95), ("out", 1, 480, 0), states=[0, 1], free_blocks=5, used_blocks=95)
+        return said + self.report("b", *self.rows["b"]) + self.wait(1)
+
+
+def test_what_was_preempted_goes_by_its_tokens_to_where_there_is_room() -> None:
+    """It holds no KV; its need counts at its target while it is on its way, and whoever runs stays where it is."""
+    scene = Starved()
+    scene.report("b", *scene.rows["b"])
+    free = scene.free("b")
+    (order,) = orders(scene.second())
+    told = order.order
+    assert (told.sequence, told.mode, told.target, told.reason) == ("out", "tokens", "b", "overload")
+    assert order.blocks >= 30, "all of its tokens are to be computed again"
+    assert scene.free("b") <= free - order.blocks
+    for _ in range(3):
+        assert not orders(scene.second()), "nobody else has to go, and nothing comes"
+    assert settled(scene.commit(order)) == [("out", "committed")]
+    scene.core.check()
+
+
+def test_what_was_preempted_waits_where_it_is_if_there_is_no_room_elsewhere() -> None:
+    """Or no way to move it by its tokens; what it needs stays charged to its worker."""
+    for scene in (Starved(used=90), Starved(modes=KV)):
+        for _ in range(3):
+            moved = [order.order.sequence for order in orders(scene.second())]
+            assert "out" not in moved
+            assert scene.free("a") <= 0
+            scene.core.check()
+
+
+def test_a_rescue_that_failed_is_tried_again_later() -> None:
+    """Its pair of workers rests; until then its need is its worker's again."""
+    scene = Starved()
+    (order,) = orders(scene.second())
+    scene.fail(order, "timeout")
+    scene.core.check()
+    again = [orders(scene.second()) for _ in range(6)]
+    scene.core.check()
+    assert [len(each) for each in again].count(1) == 1
+    assert not again[0]
+
+
 def lane(scene: Packed, bytes_per_s: int, source: str = "b", target: str = "a") -> None:
     """The workers have measured the lane between them."""
     scene.send(LaneMeasured(worker=source, target=target, bytes_per_s=bytes_per_s, latency_us=100))

@@ -117,6 +117,8 @@ class ReserveKv(Message):
     output_ids: Uint32Column = []
     sampling: SamplingParams
     priority: int = 0
+    age_us: int = Field(default=0, ge=0)
+    """Since it was first taken by a worker: whoever runs for longer gives way later."""
     max_outputs: int = Field(ge=1)
     """Where the output ends at the latest, as the worker that it began on has it."""
     cached_tokens: int = Field(default=0, ge=0)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mell_gpu_worker.core.sequence import Phase, accept
+from mell_gpu_worker.core.sequence import Order, Phase, accept
 from mell_gpu_worker.core.step import SampledToken, StepResult
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.sampling import SamplingParams
@@ -351,7 +351,7 @@ def test_who_waits_comes_back_only_among_as_many_as_may_run() -> None:
     world = BatchWorld(max_step_tokens=2, max_sequences=2)
     for name in ("a", "b"):
         world.take(submit(name, b"1"))
-    late = accept(submit("c", b"1"), 2, world.limits)
+    late = accept(submit("c", b"1"), Order(0, 0, 2), world.limits)
     world.batcher.wait(late)
     while not world.ended:
         assert len(world.step()) <= 2

@@ -10,7 +10,7 @@ from mell_gpu_worker.core.blocks import BlockPool, root_digest
 from mell_gpu_worker.core.commands import AskStatus, Command, PublishEvent, PublishTokens, Reply, RunStep
 from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.events import CommandReceived, Event, StepFinished
-from mell_gpu_worker.core.sequence import Limits, accept
+from mell_gpu_worker.core.sequence import Limits, Order, accept
 from mell_gpu_worker.core.sequence import Sequence as WorkerSequence
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.core.worker import WorkerCore
@@ -68,7 +68,7 @@ class BatchWorld:
 
     def offer(self, message: Submit) -> WorkerSequence | None:
         """Submit; returns the sequence if it was admitted."""
-        sequence = accept(message, self.arrivals, self.limits)
+        sequence = accept(message, Order(-message.priority, 0, self.arrivals), self.limits)
         self.arrivals += 1
         admitted = self.batcher.admit(sequence)
         self.batcher.check()

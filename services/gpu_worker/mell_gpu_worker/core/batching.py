@@ -142,12 +142,12 @@ class Batcher:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
 
     def _resume_waiting(self) -> None:
-        while self.waiting and not self._full:
+        # One that stands still is about to go on elsewhere.
+        for sequence in [row for row in self.waiting if not row.halted]:
             # A block of growth for each that runs, else it would soon be preempted again.
-            sequence = self.waiting[0]
-            if not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
+            if self._full or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             sequence.phase = Phase.RUNNING
             insort(self.running, sequence, key=_ORDER)
 

@@ -55,7 +55,7 @@ class Desk:
         return self._rules.refusal(submit, grammar_fault)
 
     def _admit(self, submit: Submit, now_us: int) -> Answer:
-        sequence = accept(submit, self._residents.next_arrival(), self._limits)
+        sequence = accept(submit, self._residents.next_order(submit.priority, now_us), self._limits)
         end = sequence.end_reason() if sequence.outputs else None
         if end is not None:
             reply = self._residents.admit_ended(sequence, now_us)

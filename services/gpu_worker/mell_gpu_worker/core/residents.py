@@ -2,7 +2,7 @@
 
 from mell_gpu_worker.core.batching import Batcher
 from mell_gpu_worker.core.commands import Command, PublishEvent, PublishTokens
-from mell_gpu_worker.core.sequence import Phase, Sequence
+from mell_gpu_worker.core.sequence import Order, Phase, Sequence
 from mell_gpu_worker.core.streams import Streams
 from mell_gpu_worker.core.tokens import tables_from
 from mell_shared.messages.sampling import FinishReason
@@ -26,10 +26,10 @@ class Residents:
         """Those that have not ended, the running ones first; who is unclaimed is somebody else's."""
         return [row for row in (*self.batcher.running, *self.batcher.waiting) if not row.unclaimed]
 
-    def next_arrival(self) -> int:
-        """Number what asks for room here."""
+    def next_order(self, priority: int, since_us: int) -> Order:
+        """Put what asks for room here in its place."""
         self._arrivals += 1
-        return self._arrivals
+        return Order(-priority, since_us, self._arrivals)
 
     def admit(self, sequence: Sequence, now_us: int) -> SubmitAccepted | None:
         """Run and know `sequence` if it fits now; else change nothing and return None."""

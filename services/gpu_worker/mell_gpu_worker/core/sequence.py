@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from mell_gpu_worker.core.blocks import chain_digest
 from mell_gpu_worker.core.step import SampledToken
@@ -24,6 +25,15 @@ class Phase(IntEnum):
     """Another worker's, about to move here: holds blocks, which are filled from there or by prefill."""
 
 
+class Order(NamedTuple):
+    """What comes first: the higher priority, then who has been served for longer, wherever that was."""
+
+    negated_priority: int
+    since_us: int
+    """When it began, by this worker's clock; before it came here, if it was moved."""
+    number: int
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What ends any sequence here: the longest that fits, in tokens, and the model's end tokens."""
@@ -40,8 +50,7 @@ class Sequence:
     generation: int
     frontend: str
     sampling: SamplingParams
-    order: tuple[int, int]
-    """What comes first: the higher priority (negated), then the earlier arrival."""
+    order: "Order"
     token_ids: list[int]
     """Prompt, then output."""
     prompt_tokens: int
@@ -106,8 +115,8 @@ class Sequence:
         return known[:blocks]
 
 
-def accept(submit: Submit, arrival: int, limits: Limits) -> Sequence:
-    """Return the sequence that `submit` asks for, the `arrival`-th one here; it holds nothing yet."""
+def accept(submit: Submit, order: Order, limits: Limits) -> Sequence:
+    """Return the sequence that `submit` asks for; it holds nothing yet."""
     sampling = submit.sampling
     room = limits.max_total_tokens - len(submit.prompt_ids)
     return Sequence(
@@ -115,7 +124,7 @@ def accept(submit: Submit, arrival: int, limits: Limits) -> Sequence:
         generation=submit.generation,
         frontend=submit.frontend,
         sampling=sampling,
-        order=(-submit.priority, arrival),
+        order=order,
         token_ids=[*submit.prompt_ids, *submit.output_ids],
         prompt_tokens=len(submit.prompt_ids),
         submitted_outputs=len(submit.output_ids),
@@ -124,14 +133,14 @@ def accept(submit: Submit, arrival: int, limits: Limits) -> Sequence:
     )
 
 
-def arriving(asked: ReserveKv, arrival: int, limits: Limits) -> Sequence:
+def arriving(asked: ReserveKv, order: Order, limits: Limits) -> Sequence:
     """Return the sequence that a migration brings here, in the generation that it leaves; it holds nothing yet."""
     return Sequence(
         sequence=asked.sequence,
         generation=asked.generation,
         frontend=asked.frontend,
         sampling=asked.sampling,
-        order=(-asked.priority, arrival),
+        order=order,
         token_ids=[*asked.prompt_ids, *asked.output_ids],
         prompt_tokens=len(asked.prompt_ids),
         submitted_outputs=len(asked.output_ids),

@@ -1,7 +1,7 @@
 """What a worker's report changes: sizes, strangers adopted, ends and moves whose news got lost, draining."""
 
 from mell_scheduler.core.ledger import Ledger
-from mell_scheduler.core.records import STATE_RUNNING, SequenceRecord, WorkerRecord
+from mell_scheduler.core.records import STATE_RUNNING, Row, SequenceRecord, WorkerRecord, observe
 from mell_scheduler.core.values import CoreSettings
 from mell_scheduler.policy.base import Policy
 from mell_shared.messages.scheduler import WorkerReport
@@ -41,9 +41,7 @@ class Intake:
         model, horizon = self._ledger.model_of(worker), self._ledger.horizon(worker)
         number, here = report.number, worker.sequences
         stale: dict[str, tuple[int, int]] = {}
-        names: list[str] = []
-        sizes: list[int] = []
-        held_blocks = gained = gainers = 0
+        rows: list[Row] = []
         for sequence, generation, tokens, blocks in zip(
             report.sequences, report.generations, report.tokens, report.blocks, strict=True
         ):
@@ -58,17 +56,15 @@ class Intake:
                 if record is None:
                     stale[sequence] = (generation, blocks)
                     continue
-            gain = record.observe(number, tokens, blocks, horizon)
-            names.append(record.sequence)  # not the report's: the policy finds an id by identity, without comparing
-            sizes.append(record.size_blocks)
-            held_blocks += blocks
-            if gain > 0:
-                gained, gainers = gained + gain, gainers + 1
-        strangers = self._policy.update_gpu(worker.worker_id, names, sizes)
+            rows.append((record, record.number, tokens, blocks))
+            record.number = number
+        seen = observe(rows, number, horizon)
+        # By the records' ids, not the report's: the policy finds them by identity, without comparing.
+        strangers = self._policy.update_gpu(worker.worker_id, seen.sequences, seen.sizes)
         assert not strangers, "the policy and the ledger disagree on what is where"
-        if gainers:
-            model.learn_growth(gained // gainers, horizon.limit_tokens)
-        return held_blocks, len(names), stale
+        if seen.gainers:
+            model.learn_growth(seen.gained_tokens // seen.gainers, horizon.limit_tokens)
+        return seen.held_blocks, len(rows), stale
 
     def _holder(self, worker: WorkerRecord, sequence: str, generation: int, now_us: int) -> SequenceRecord | None:
         """The record a row is about; None if a newer generation is known elsewhere: the row is a stale copy."""
@@ -119,16 +115,19 @@ class Intake:
     def _set_aside(self, worker: WorkerRecord, report: WorkerReport) -> int:
         """Blocks that preempted sequences wait for.
 
-        They hold none, and moving them frees none: whoever runs must go instead, so the need is not theirs to carry.
+        They hold none, and moving them frees none: where they cannot go whoever runs must, so the need is not theirs to
+        carry.
         """
-        needed = 0
+        worker.preempted = {}
         for sequence, state in zip(report.sequences, report.states, strict=True) if worker.waiting else ():
             record = worker.sequences.get(sequence)
-            if state != STATE_RUNNING and record is not None and record.number == worker.number:
-                needed += record.size_blocks - record.blocks
+            if state == STATE_RUNNING or record is None or record.number != worker.number:
+                continue
+            if record.migration is None:
+                worker.preempted[record.sequence] = record.size_blocks - record.blocks
                 record.size_blocks = record.blocks
                 self._policy.update(record.sequence, record.size_blocks)
-        return needed
+        return sum(worker.preempted.values())
 
     def _share_out(self, worker: WorkerRecord, held_blocks: int, needed_blocks: int) -> None:
         """What is used beyond the records is `other`; what rows count twice is `shared`.

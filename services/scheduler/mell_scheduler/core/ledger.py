@@ -160,6 +160,24 @@ class Ledger:
         self.refresh_closed(source)
         self.refresh_closed(target)
 
+    def take_up(self, record: SequenceRecord) -> bool:
+        """Charge a preempted sequence with what it waits for, so that it can go where that is; whether it is one."""
+        needed = record.worker.preempted.pop(record.sequence, None)
+        if needed is None:
+            return False
+        self.raise_other(record.worker, -needed)
+        record.size_blocks += needed
+        self._policy.update(record.sequence, record.size_blocks)
+        return True
+
+    def lay_aside(self, record: SequenceRecord) -> None:
+        """Undo `take_up`: it stays."""
+        needed = record.size_blocks - record.blocks
+        record.worker.preempted[record.sequence] = needed
+        record.size_blocks = record.blocks
+        self._policy.update(record.sequence, record.size_blocks)
+        self.raise_other(record.worker, needed)
+
     def call_off(self, record: SequenceRecord, outcome: Outcome, reason: str) -> None:
         """Its move has failed: it stays at its source, and the target's memory is free."""
         self._unmove(record, outcome, reason)

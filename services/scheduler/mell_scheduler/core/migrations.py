@@ -47,11 +47,11 @@ class Migrations:
         if self.paused or not any(worker.modes for worker in self._ledger.workers.values()):
             return []
         candidates: list[Candidate] = []
-        for move in self._policy.epoch(now_us):
+        for move in [*self._rescues(), *self._policy.epoch(now_us)]:
             record = self._ledger.sequences[move.item_id]
             # What no report has confirmed may not be there at all.
             if record.pending_until_us is not None or self._rests(move, now_us):
-                self._policy.deferred(move.item_id)
+                self._defer(record)
             else:
                 candidates.append(self._candidate(move, record))
         if not candidates:
@@ -59,22 +59,50 @@ class Migrations:
         block_tokens = lcm(*(self._ledger.workers[c.move.source].block_tokens for c in candidates))
         division = divide(candidates, self._boundaries.budgets(candidates, block_tokens))
         for move in division.deferred:
-            self._policy.deferred(move.item_id)
+            self._defer(self._ledger.sequences[move.item_id])
         return [self._begin(transfer, now_us) for transfer in division.transfers]
 
+    def _rescues(self) -> list[Move]:
+        """What a worker had to stop for want of room goes to where there is some, before whoever runs must move."""
+        waiting = [
+            worker.sequences[sequence]
+            for worker in self._ledger.workers.values()
+            if worker.preempted and Mode.TOKENS.value in worker.modes
+            for sequence in worker.preempted
+            if sequence in worker.sequences
+        ]
+        moves = []
+        for record in waiting:
+            self._ledger.take_up(record)
+            move = self._policy.relocate(record.sequence)
+            if move is None:
+                self._ledger.lay_aside(record)
+            else:
+                moves.append(move)
+        return moves
+
+    def _defer(self, record: SequenceRecord) -> None:
+        self._policy.deferred(record.sequence)
+        if record.waits:
+            self._ledger.lay_aside(record)
+
     def _candidate(self, move: Move, record: SequenceRecord) -> Candidate:
+        modes = (Mode.TOKENS.value,) if record.waits else record.worker.modes
         return Candidate(
             move,
             tokens=max(1, record.tokens),
             bytes_per_token=record.worker.spec.kv_bytes_per_token or self._settings.kv_bytes_per_token,
             links=self._boundaries.links(move.source, move.target),
-            modes=frozenset(mode for mode in Mode if mode.value in record.worker.modes),
+            modes=frozenset(mode for mode in Mode if mode.value in modes),
         )
 
     def order(self, record: SequenceRecord, target: str, mode: Mode | None, now_us: int) -> StartMigration | None:
         """An operator's move, begun now whatever the boundaries say, and counted in them; None without room there."""
+        taken_up = self._ledger.take_up(record)
         move = self._policy.order_move(record.sequence, target)
         if move is None:
+            if taken_up:
+                self._ledger.lay_aside(record)
             return None
         candidate = self._candidate(move, record)
         budgets = self._boundaries.budgets([candidate], record.worker.block_tokens, beside_moving=False)

@@ -62,6 +62,9 @@ def _unable(record: SequenceRecord, target: WorkerRecord, mode: ModeAsked) -> Mo
     if source.pool != target.pool:
         text = f"{source.worker_id} and {target.worker_id} differ in KV layout, block size or modes of moving"
         return _refused(record.sequence, "unsupported", text)
+    if record.waits and (mode not in ("auto", "tokens") or "tokens" not in source.modes):
+        text = "it was preempted and holds no KV: it can be moved by tokens only"
+        return _refused(record.sequence, "unsupported", text)
     if mode != "auto" and mode not in source.modes:
         text = f"these workers move by {', '.join(source.modes)}, not by {mode}"
         return _refused(record.sequence, "unsupported", text)

@@ -1,5 +1,6 @@
 """What the core knows of each sequence, worker and model: plain state, kept in step by `Ledger` alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -105,31 +106,16 @@ class SequenceRecord:
         """The report that told of it last; -1: none of this worker's."""
 
     @property
+    def waits(self) -> bool:
+        """Preempted: its worker has it and it holds nothing there, so nothing of it could be copied."""
+        return self.pending_until_us is None and not self.blocks
+
+    @property
     def state(self) -> Literal["running", "placed", "moving"]:
         """How far it is; `placed` is not confirmed by a report."""
         if self.migration is not None:
             return "moving"
         return "running" if self.pending_until_us is None else "placed"
-
-    def observe(self, report_number: int, tokens: int, blocks: int, horizon: Horizon) -> int:
-        """Take one report's row; return the tokens gained per report since the last one, or -1 if unknown."""
-        gain = -1
-        if self.number >= 0:
-            gain = (tokens - self.tokens) // (report_number - self.number) if tokens > self.tokens else 0
-            # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
-            decayed = self.growth_tokens - (self.growth_tokens + 3) // 4
-            self.growth_tokens = min(horizon.limit_tokens, max(gain, decayed, 1))
-        self.number, self.tokens, self.blocks = report_number, tokens, blocks
-        self.pending_until_us = None
-        growth = -(-self.growth_tokens * horizon.ahead_us // horizon.interval_us)
-        worker, predicted = self.worker, tokens + min(growth, horizon.limit_tokens)
-        cap = self.cap_tokens
-        if cap is None or cap > worker.max_total_tokens:
-            cap = worker.max_total_tokens
-        if predicted > cap:
-            predicted = max(cap, tokens)
-        self.size_blocks = max(blocks, -(-predicted // worker.block_tokens))
-        return gain
 
 
 class WorkerRecord:
@@ -143,6 +129,7 @@ class WorkerRecord:
         "number",
         "other_blocks",
         "pool",
+        "preempted",
         "running",
         "sequences",
         "shared_blocks",
@@ -174,6 +161,8 @@ class WorkerRecord:
         self.shared_blocks = 0
         """How often blocks are counted more than once in its rows."""
         self.sequences: dict[str, SequenceRecord] = {}
+        self.preempted: dict[str, int] = {}
+        """Sequences that wait there for room and hold none, with the blocks each needs; charged as `other`."""
         self.stale: dict[str, tuple[int, int]] = {}
         """Superseded copies it still holds: sequence -> (generation, blocks)."""
 
@@ -265,3 +254,63 @@ class ModelRecord:
         """Move the mean towards what one report's running sequences gained on average."""
         mean = (7 * self.growth_tokens + gain_tokens + 7) // 8
         self.growth_tokens = min(limit, max(1, mean))
+
+
+Row = tuple[SequenceRecord, int, int, int]
+"""A report's row: its record, the report that told of it before (-1: none of this worker's), tokens, blocks."""
+
+
+class Seen(NamedTuple):
+    """What the rows of one report come to."""
+
+    sequences: list[str]
+    sizes: list[int]
+    """Blocks that each is charged with from now on, in the same order."""
+    held_blocks: int
+    gained_tokens: int
+    """Per report, by all that told of growth."""
+    gainers: int
+
+
+def observe(rows: Iterable[Row], number: int, horizon: Horizon) -> Seen:
+    """Take the rows of a worker's report into its records, and predict their sizes.
+
+    A hundred thousand rows a second come through here: written out, and without the built-in min and max, it takes
+    half the time.
+    """
+    ahead_us, interval_us, limit_tokens = horizon
+    sequences: list[str] = []
+    sizes: list[int] = []
+    held_blocks = gained_tokens = gainers = 0
+    for record, since, tokens, blocks in rows:
+        growth, worker = record.growth_tokens, record.worker
+        if since >= 0:
+            # Decays slowly, so that a stall (a prefill beside it, a preemption) is not taken for an end.
+            growth -= (growth + 3) // 4
+            gain = (tokens - record.tokens) // (number - since)
+            if gain > 0:
+                gained_tokens += gain
+                gainers += 1
+                if gain > growth:  # noqa: PLR1730
+                    growth = gain
+            if growth > limit_tokens:
+                growth = limit_tokens
+            elif growth < 1:
+                growth = 1
+            record.growth_tokens = growth
+        record.tokens, record.blocks, record.pending_until_us = tokens, blocks, None
+        growth = -(-growth * ahead_us // interval_us)
+        predicted = tokens + (growth if growth < limit_tokens else limit_tokens)  # noqa: FURB136
+        cap = record.cap_tokens
+        if cap is None or cap > worker.max_total_tokens:
+            cap = worker.max_total_tokens
+        if predicted > cap:
+            predicted = max(cap, tokens)
+        size = -(-predicted // worker.block_tokens)
+        if size < blocks:  # noqa: PLR1730
+            size = blocks
+        record.size_blocks = size
+        sequences.append(record.sequence)
+        sizes.append(size)
+        held_blocks += blocks
+    return Seen(sequences, sizes, held_blocks, gained_tokens, gainers)

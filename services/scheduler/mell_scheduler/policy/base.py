@@ -217,6 +217,9 @@ class Policy(Protocol):
     def order_move(self, item_id: ItemId, gpu_id: GpuId) -> Move | None:
         """Begin a move that an operator wants; None if it moves already, or the target takes it not or has no room."""
 
+    def relocate(self, item_id: ItemId) -> Move | None:
+        """Begin to move an item that its GPU has no room for to where an arrival like it would go; None if nowhere."""
+
     def rehearse_drain(self, gpu_id: GpuId) -> list[tuple[ItemId, GpuId | None]]:
         """Where draining would move each of a GPU's items now (None: nowhere yet); nothing is begun or changed."""
 

@@ -123,6 +123,14 @@ class PackingPolicy:
             return None
         return self.cluster.begin_move(item, target, Reason.MANUAL)
 
+    def relocate(self, item_id: ItemId) -> Move | None:
+        """See `base.Policy`."""
+        item = self.cluster.items[item_id]
+        if not self.cluster.may_move(item):
+            return None
+        target = self.rule.choose(item.as_item(), (item.gpu.gpu_id,))
+        return None if target is None else self.cluster.begin_move(item, target, Reason.OVERLOAD)
+
     def rehearse_drain(self, gpu_id: GpuId) -> list[tuple[ItemId, GpuId | None]]:
         """See `base.Policy`."""
         gpu = self.cluster.gpus[gpu_id]

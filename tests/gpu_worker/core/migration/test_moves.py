@@ -168,8 +168,8 @@ def test_a_worker_that_cannot_move_says_so() -> None:
         assert reply.reason == "unsupported"
 
 
-def test_what_has_ended_or_waits_is_not_moved() -> None:
-    """One that has ended has nothing to move, one that was preempted neither."""
+def test_what_has_ended_is_not_moved_and_what_was_preempted_not_by_its_kv() -> None:
+    """One that has ended has nothing to move, one that was preempted no KV."""
     source = world(kv_blocks=6)
     source.ask(submit("a", b"1234567", max_tokens=12, priority=1))
     source.ask(submit("b", b"abcdefg", max_tokens=12))
@@ -666,7 +666,6 @@ def test_a_client_that_leaves_in_mid_move_leaves_nothing_behind(moment: str) -> 
     ("mode", "slow"),
     [
         *(("kv", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks")),
-        *(("tokens", slow) for slow in ("KvReserved", "CaughtUp")),
         *(("hybrid", slow) for slow in ("KvReserved", "OpenLink", "SendBlocks", "CaughtUp")),
     ],
 )
@@ -685,6 +684,51 @@ def test_a_sequence_that_is_preempted_in_mid_copy_stays(mode: str, slow: str) ->
     assert settled in (["preempted"], [mode]), settled
     if slow == "KvReserved":
         assert settled == ["preempted"]
+
+
+def test_a_preempted_sequence_is_moved_by_its_tokens_to_where_there_is_room() -> None:
+    """It holds nothing here, so it is prefilled there, and goes on long before there is room here again."""
+    cluster = Cluster(kv_blocks=40)
+    cluster.open("first", LONG, priority=1, max_tokens=80)
+    cluster.tokens(36, "first")
+    cluster.open("a", LONG[::-1][:24], max_tokens=24)
+    waiting = cluster.nodes["w1"].core.batcher.waiting
+    cluster.run_until(lambda: bool(waiting))
+    cluster.migrate("a", "w2", "tokens")
+    cluster.run_until(lambda: cluster.readers["a"].done)
+    assert not cluster.readers["first"].done
+    assert not waiting
+    cluster.finish()
+    assert [(event.mode, event.copied_bytes) for event in cluster.committed()] == [("tokens", 0)]
+
+
+def test_a_move_by_tokens_outlives_the_preemption_of_its_sequence() -> None:
+    """Nothing is copied, so losing its blocks in mid-move takes nothing from the move."""
+    cluster = Cluster(kv_blocks=40, max_step_tokens=8)
+    cluster.open("first", LONG, priority=1, max_tokens=80)
+    cluster.tokens(36, "first")
+    cluster.open("a", LONG[::-1][:24], max_tokens=24)
+    cluster.tokens(1)
+    cluster.network.plan = lambda flight: "delay" if flight.what == "CaughtUp" else "deliver"
+    cluster.migrate("a", "w2", "tokens")
+    cluster.run_until(lambda: cluster.nodes["w1"].core.batcher.preemptions > 0)
+    assert cluster.nodes["w1"].core.moves.source.moving, "it had moved before"
+    cluster.finish()
+    assert [event.mode for event in cluster.committed()] == ["tokens"]
+
+
+def test_who_came_by_a_move_does_not_give_way_before_who_came_later() -> None:
+    """Its age comes along: at its target it stands before what began there after it had begun elsewhere."""
+    cluster = Cluster()
+    cluster.place = lambda name: "w2" if name == "late" else "w1"
+    cluster.open("a", LONG[:20], max_tokens=40)
+    cluster.tokens(5, "a")
+    cluster.open("late", LONG[30:10:-1], max_tokens=40)
+    cluster.tokens(5, "late")
+    cluster.migrate("a", "w2", "kv")
+    cluster.run_until(lambda: cluster.owner()[0] == "w2" and len(cluster.nodes["w2"].core.batcher.running) == 2)
+    assert [row.sequence for row in cluster.nodes["w2"].core.batcher.running] == ["a", "late"]
+    cluster.finish()
 
 
 def test_a_target_without_room_is_told_from_one_that_fails() -> None:

@@ -119,4 +119,5 @@ class Moves:
         still = {id(m.sequence) for m in self.source.moving.values() if m.standing.phase in _STANDING_STILL}
         halted = {id(row) for row in (*batcher.running, *batcher.waiting) if row.halted}
         assert still == halted, "a sequence stands still for no migration"
-        assert all(m.sequence.phase is not Phase.WAITING for m in self.source.moving.values() if m.sequence.halted)
+        gone = [m for m in self.source.moving.values() if m.sequence.halted and m.sequence.phase is Phase.WAITING]
+        assert not any(m.needs_blocks for m in gone), "what is being sent from a sequence's blocks is gone"

@@ -31,19 +31,19 @@ class Orders:
             return "unsupported", "it is here already"
         sequence = self._residents.streams.find(migrate.sequence, migrate.generation)
         if sequence is not None:
-            return self._fault_of(sequence, moving)
+            return self._fault_of(sequence, migrate, moving)
         newest = self._residents.streams.newest_generation(migrate.sequence)
         if newest:
             return "superseded", f"generation {migrate.generation} is not here; the last one was {newest}"
         return "unknown", "no such sequence is here"
 
-    def _fault_of(self, sequence: Sequence, moving: Collection[Outgoing]) -> tuple[str, str]:
+    def _fault_of(self, sequence: Sequence, migrate: Migrate, moving: Collection[Outgoing]) -> tuple[str, str]:
         if not sequence.live:
             return "ended", "it has ended"
         if any(move.sequence is sequence for move in moving):
             return "busy", "it is moving already"
-        if sequence.phase is Phase.WAITING:
-            return "preempted", "it was preempted and holds nothing that could be moved"
+        if sequence.phase is Phase.WAITING and migrate.mode != "tokens":
+            return "preempted", "it was preempted and holds no KV: it can be moved by tokens only"
         if len(moving) >= self._limits.max_outgoing:
             return "busy", f"{len(moving)} sequences are being moved from here already"
         return "", ""

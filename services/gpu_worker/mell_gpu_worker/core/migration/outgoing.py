@@ -65,6 +65,11 @@ class Outgoing:
     """Why it fails, if it does."""
 
     @property
+    def needs_blocks(self) -> bool:
+        """Whether what lies in its blocks here is still to be sent: by tokens it can go on without any."""
+        return self.mode != "tokens" or self.freezing
+
+    @property
     def migration(self) -> str:
         """The migration's id."""
         return self.order.migration
@@ -97,7 +102,7 @@ class Outgoing:
         room = self.held.held_tokens + self.held.slots * self.block_tokens
         return len(self.sequence.token_ids) + 2 > room
 
-    def reserve(self, growth_tokens: int, model: str, kv_layout: str) -> ReserveKv:
+    def reserve(self, growth_tokens: int, model: str, kv_layout: str, now_us: int) -> ReserveKv:
         """Return the question for room: what the plan counts on, if it says, with growth of at most `growth_tokens`."""
         sequence = self.sequence
         if self.order.planned_tokens:
@@ -115,7 +120,8 @@ class Outgoing:
             prompt_ids=sequence.token_ids[: sequence.prompt_tokens],
             output_ids=sequence.output_ids(),
             sampling=sequence.sampling,
-            priority=-sequence.order[0],
+            priority=-sequence.order.negated_priority,
+            age_us=now_us - sequence.order.since_us,
             max_outputs=sequence.max_outputs,
             cached_tokens=sequence.cached_tokens,
             mode=self.mode,

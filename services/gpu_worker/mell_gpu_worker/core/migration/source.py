@@ -54,7 +54,7 @@ from mell_shared.messages.worker import (
 _MISSES = 3
 """Questions that a target may leave unanswered in a row while it prefills."""
 _WHOLE = frozenset({SourcePhase.RESERVING, SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
-"""Until a commit is sent, the sequence must keep what is being copied."""
+"""Until a commit is sent, the sequence must keep what is being copied, if anything is."""
 _LINKED = frozenset({SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
 _FAILURES: dict[AskFailure, str] = {
     "timeout": "timeout",
@@ -92,7 +92,7 @@ class Source:
             self._past.remember(migrate.migration, refused, now_us)
             return refused, []
         move = self.moving[migrate.migration] = self._orders.begin(migrate, now_us)
-        question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout)
+        question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout, now_us)
         return MigrateAccepted(), [self._ask(move, question, self._limits.peer_timeout_us)]
 
     @staticmethod
@@ -239,7 +239,9 @@ class Source:
         phase = move.standing.phase
         if phase is SourcePhase.OVER:
             return None
-        if not move.sequence.live or (move.sequence.phase is Phase.WAITING and phase in _WHOLE):
+        if not move.sequence.live:
+            return SourceEvent.LOST
+        if move.sequence.phase is Phase.WAITING and phase in _WHOLE and move.needs_blocks:
             return SourceEvent.LOST
         if phase is SourcePhase.COPYING and self._tail_small(move):
             return SourceEvent.TAIL_SMALL

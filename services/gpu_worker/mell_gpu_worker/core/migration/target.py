@@ -96,7 +96,7 @@ class Target:
 
     def _hold(self, asked: ReserveKv, reply_to: str, now_us: int) -> tuple[KvRefused | None, list[Command]]:
         limits = Limits(self._spec.max_total_tokens, frozenset(self._config.eos_token_ids))
-        sequence = arriving(asked, self._residents.next_arrival(), limits)
+        sequence = arriving(asked, self._residents.next_order(asked.priority, now_us - asked.age_us), limits)
         tokens = len(sequence.token_ids) + max(1, min(asked.growth_tokens, sequence.max_outputs - sequence.outputs))
         if not self._batcher.reserve(sequence, tokens):
             free = self._batcher.pool.free_blocks
