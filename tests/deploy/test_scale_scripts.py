@@ -61,9 +61,7 @@ def test_kubectl_stops_the_last_only(tmp_path: Path) -> None:
     assert shell.run("kubectl.sh", "stop", "1", "gpu-worker-2") == 1
     assert shell.calls() == []
     assert shell.run("kubectl.sh", "stop", "2", "gpu-worker-2") == 0
-    assert shell.calls() == [
-        "kubectl --namespace mell scale statefulset/gpu-worker --current-replicas=3 --replicas=2"
-    ]
+    assert shell.calls() == ["kubectl --namespace mell scale statefulset/gpu-worker --current-replicas=3 --replicas=2"]
 
 
 @pytest.mark.parametrize(("replicas", "count"), [(1, 3), (4, 4)])
