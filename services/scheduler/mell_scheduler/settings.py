@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mell_scheduler.core import CoreSettings
-from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings
+from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings, check_policy
 from mell_shared.settings import ServiceSettings
 
 TICK_S = 0.1
@@ -22,7 +22,9 @@ class SchedulerSettings(ServiceSettings):
     scheduler_name: str = Field(
         "scheduler", min_length=1, description="Name in status and logs; its id adds a fresh suffix."
     )
-    policy: str = Field(DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}.")
+    policy: str = Field(
+        DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}; or your own, module:class."
+    )
     head_room: float = Field(
         0.1, ge=0, lt=1, description="Share of a worker's KV that arrivals leave for growth where nothing can be moved."
     )
@@ -72,8 +74,7 @@ class SchedulerSettings(ServiceSettings):
     @field_validator("policy")
     @classmethod
     def _policy_is_known(cls, name: str) -> str:
-        if name not in POLICY_NAMES:
-            raise ValueError(f"choose one of {', '.join(POLICY_NAMES)}")
+        check_policy(name)
         return name
 
     @model_validator(mode="after")
