@@ -264,7 +264,7 @@ def _slo(text: str) -> Slo:
 def _policies(names: str) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not chosen:
-        raise ValueError(f"unknown policy: name one, choose of {', '.join(POLICY_NAMES)}")
+        raise ValueError(f"unknown policy: choose of {', '.join(POLICY_NAMES)}")
     for name in chosen:
         check_policy(name)
     return chosen
