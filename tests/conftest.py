@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from mell_gpu_worker.engine.openmp import wait_politely
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
+from tests.vllm_process import VllmProcess
 
 # Before any test imports torch, whose threads would keep the cores from the processes that tests start.
 wait_politely()
@@ -59,3 +60,10 @@ async def connect_bus(nats_server: NatsServer) -> AsyncIterator[BusFactory]:
             return bus
 
         yield connect
+
+
+@pytest.fixture(scope="session")
+def real_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmProcess]:
+    """A real vLLM server for the session; whoever ends it starts it again."""
+    with VllmProcess(tmp_path_factory.mktemp("vllm")) as server:
+        yield server

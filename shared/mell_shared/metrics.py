@@ -40,9 +40,14 @@ class BusCollector(Collector):
 def new_registry() -> CollectorRegistry:
     """Return a registry of this process alone, with its CPU, memory and Python version in it."""
     registry = CollectorRegistry()
+    add_process_metrics(registry)
+    return registry
+
+
+def add_process_metrics(registry: CollectorRegistry) -> None:
+    """Add this process's CPU, memory and Python version."""
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    return registry
 
 
 @asynccontextmanager

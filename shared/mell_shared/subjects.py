@@ -24,6 +24,11 @@ def check_pattern(pattern: str) -> None:
         raise InvalidSubjectError(f"{pattern!r} is no subject and no pattern of one")
 
 
+def event_stream(prefix: str) -> str:
+    """Return the name of the JetStream stream that keeps the events of a deployment."""
+    return "MELL" if prefix == "mell" else f"MELL-{prefix}"
+
+
 @dataclass(frozen=True, slots=True)
 class Subjects:
     """Subject names under one prefix, so that several deployments can share a broker.
@@ -72,3 +77,7 @@ class Subjects:
     def admin(self, kind: str) -> str:
         """An operator's question or order of this kind (`*`: all); request/reply, to the leading scheduler."""
         return f"{self.prefix}.admin.{kind}"
+
+    def event(self, kind: str) -> str:
+        """Events of this type for other systems (`>`: all), on JetStream; published by scheduler and frontends."""
+        return f"{self.prefix}.events.{kind}"

@@ -16,10 +16,10 @@ import httpx
 from mell_shared.nats_server import NatsServer
 from mell_shared.process import death_with_parent
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 """Only ends a test that has failed."""
 
-_QUICK = {
+QUICK = {
     "MELL_LOG_FORMAT": "json",
     "MELL_REPORT_INTERVAL_S": "0.2",
     "MELL_STATUS_INTERVAL_S": "0.2",
@@ -89,12 +89,13 @@ class Service:
 class Stack:
     """The processes of one test with these `MELL_` settings; all are gone when the context is left."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(_QUICK), access: str = "") -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] = MappingProxyType(QUICK), access: str = "") -> None:
         self._folder = folder
         self._settings = dict(settings)
         self._services: list[Service] = []
         self._users: dict[str, str] = {}
-        self.broker = NatsServer(folder / "nats", access=access)
+        self.broker_folder = folder / "nats"
+        self.broker = NatsServer(self.broker_folder, access=access)
 
     def __enter__(self) -> "Stack":
         self.broker.start()
@@ -171,6 +172,8 @@ class StreamedChat:
         self._response = client.send(self._request, stream=True)
         assert self._response.status_code == 200, self._response.read()
         self._lines = self._response.iter_lines()
+        self.id = ""
+        """The answer's, from its first chunk on."""
         self.text = ""
         self.finish_reason: str | None = None
         self.done = False
@@ -202,6 +205,7 @@ class StreamedChat:
             return
         chunk = json.loads(data)
         assert "error" not in chunk, chunk
+        self.id = chunk["id"]
         for choice in chunk["choices"]:
             self.text += choice["delta"].get("content") or ""
             self.finish_reason = choice["finish_reason"] or self.finish_reason

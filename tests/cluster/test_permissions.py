@@ -13,7 +13,10 @@ import pytest_asyncio
 
 from mell_shared.broker_access import BrokerAccess, Role
 from mell_shared.bus import BrokerForbidsError, Delivery, RequestTimeoutError
+from mell_shared.events.data import EVENT_DATA, EventData
+from mell_shared.events.store import EventRecord, Retention
 from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.nats_key_value import NatsKeyValue
 from mell_shared.nats_server import NatsServer, find_binary
 from mell_shared.subjects import Subjects
@@ -35,6 +38,7 @@ SUBJECTS: dict[str, tuple[set[Role], set[Role]]] = {
     "frontend_control": ({"worker"}, {"frontend"}),
     "admin": ({"frontend"}, {"scheduler"}),
     "admin_status": ({"frontend"}, {"scheduler"}),
+    "event": (set(), set()),  # of no known type: see below
 }
 
 
@@ -42,14 +46,14 @@ def shipped_access() -> str:
     """Return what the broker's shipped configuration says of who may do what, with passwords as a user sets them."""
     conf = (SHIPPED / "nats.conf").read_text()
     users = conf[conf.index("authorization {") : conf.index("# Across machines")]
-    for role in ROLES:
+    for role in (*ROLES, "events"):
         users = users.replace(f"$MELL_NATS_{role.upper()}_PASSWORD", f"{role}-pw")
     return (SHIPPED / "permissions.conf").read_text() + users
 
 
 def test_the_shipped_configuration_is_one() -> None:
     """nats-server takes the file as it stands in the image, given the passwords in its environment."""
-    passwords = {f"MELL_NATS_{role.upper()}_PASSWORD": "pw" for role in ROLES}
+    passwords = {f"MELL_NATS_{role.upper()}_PASSWORD": "pw" for role in (*ROLES, "events")}
     check = [str(find_binary()), "-t", "--config", str(SHIPPED / "nats.conf")]
     checked = subprocess.run(check, env=passwords, capture_output=True, text=True, check=False, timeout=30)
     assert checked.returncode == 0, checked.stderr
@@ -128,6 +132,48 @@ async def test_who_may_send_and_who_may_listen(buses: dict[Role, NatsBus], name:
     assert {role for role, bus in buses.items() if await may_listen(bus, subject)} == listeners
 
 
+@pytest.mark.parametrize("kind", EVENT_DATA, ids=lambda kind: kind.TYPE)
+async def test_each_event_has_one_teller(buses: dict[Role, NatsBus], kind: type[EventData]) -> None:
+    """Only the service whose fact it is may say so, and nobody listens past the stream."""
+    subject = Subjects().event(kind.TYPE)
+    assert {role for role, bus in buses.items() if await may_send(bus, subject)} == {kind.TELLER}
+    assert not any([await may_listen(bus, subject) for bus in buses.values()])
+
+
+async def test_the_stream_is_made_by_schedulers_and_read_by_frontends(buses: dict[Role, NatsBus]) -> None:
+    """A frontend adds its events and reads all; nobody can delete, purge or consume for others."""
+    record = EventRecord("frontend.state", "f/1", b"{}")
+    await NatsEventStore(buses["scheduler"], Subjects(), Retention(60.0, 1_000_000)).append([])
+    store = NatsEventStore(buses["frontend"], Subjects())
+    assert await store.append([record]) == 1
+    assert [event.body for event in await store.read(0, 10)] == [b"{}"]
+    assert await store.last_position() == 1
+    for role, bus in buses.items():
+        for subject in ("STREAM.DELETE.MELL", "STREAM.PURGE.MELL", "STREAM.MSG.DELETE.MELL", "CONSUMER.CREATE.MELL.x"):
+            assert not await may_send(bus, f"$JS.API.{subject}"), (role, subject)
+    assert not await may_send(buses["worker"], "$JS.API.DIRECT.GET.MELL")
+
+
+async def test_other_systems_consume_and_can_do_nothing_else(server: NatsServer) -> None:
+    """Their user reads by consumers of its own; it can neither tell events nor speak to services."""
+    url = f"nats://events:events-pw@{server.address}"
+    bus = await NatsBus.connect(url, access=BrokerAccess(role="events"))  # type: ignore[arg-type] # no service's role
+    try:
+        for subject in ("CONSUMER.CREATE.MELL.x", "CONSUMER.INFO.MELL.x", "CONSUMER.MSG.NEXT.MELL.x"):
+            assert await may_send(bus, f"$JS.API.{subject}"), subject
+        others = [
+            "$JS.API.STREAM.DELETE.MELL",
+            "$JS.API.STREAM.UPDATE.MELL",
+            "$JS.API.CONSUMER.CREATE.KV_mell-scheduler.x",
+        ]
+        for subject in [*others, *map(subject_named, known_subjects())]:
+            assert not await may_send(bus, subject), subject
+        for pattern in ("mell.>", "mell.events.>", "_INBOX.frontend.>"):
+            assert not await may_listen(bus, pattern)
+    finally:
+        await bus.close()
+
+
 @pytest.mark.parametrize("pattern", [">", "mell.>", "mell.*.*.tokens", "_INBOX.>", "$SYS.>", "$KV.>"])
 async def test_nobody_may_listen_to_everything(buses: dict[Role, NatsBus], pattern: str) -> None:
     """Patterns wider than a role's own subjects are refused: no service can read what is meant for others."""
@@ -146,6 +192,20 @@ async def test_replies_reach_who_asked_and_nobody_else(buses: dict[Role, NatsBus
     assert not await may_send(buses["worker"], "_INBOX.frontend.guess")
     with pytest.raises(RequestTimeoutError):
         await buses["frontend"].request("mell.scheduler.events", b"", 0.1)
+
+
+async def test_only_the_scheduler_keeps_what_operators_set(buses: dict[Role, NatsBus]) -> None:
+    """In a bucket of its own, whose keys do not expire."""
+    store = NatsKeyValue(buses["scheduler"], "mell-settings", 0)
+    assert await store.read("moves", 5.0) is None
+    revision = await store.write("moves", b"one", 0, 5.0)
+    await store.write("moves", b"two", revision, 5.0)
+    found = await store.read("moves", 5.0)
+    assert found is not None
+    assert found.value == b"two"
+    for role in ("frontend", "worker"):
+        assert not await may_send(buses[role], "$KV.mell-settings.moves")
+    assert buses["scheduler"].stats.forbidden == 0
 
 
 async def test_only_the_scheduler_holds_the_lease(buses: dict[Role, NatsBus]) -> None:

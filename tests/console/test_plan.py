@@ -68,6 +68,12 @@ def test_the_fake_engine_takes_no_gpu() -> None:
     assert all(plan.gpu is None for plan in plan_workers(machine(8, 2), Wish(("fake",), 2, "fake")))
 
 
+def test_each_vllm_server_gets_a_worker_and_no_gpu() -> None:
+    """What GPUs there are, the servers have."""
+    plans = plan_workers(machine(8, 2), Wish(("a",), 2, "vllm", vllm_urls=("http://a", "http://b")))
+    assert [(plan.vllm_url, plan.gpu) for plan in plans] == [("http://a", None), ("http://b", None)]
+
+
 @pytest.mark.parametrize(
     ("wish", "advice"),
     [
@@ -77,6 +83,8 @@ def test_the_fake_engine_takes_no_gpu() -> None:
         (Wish(("a", "b"), 2, "torch", served_names=("x", "x")), "named twice"),
         (Wish(("fake",), 2, "torch"), "--engine fake"),
         (Wish(("a",), 2, "fake"), "no model 'a'"),
+        (Wish(("a",), 2, "vllm"), "name each with --vllm-url"),
+        (Wish(("a",), 1, "torch", vllm_urls=("http://a",)), "for --engine vllm, not for torch"),
         (Wish(("a",), 2, "torch", devices="7"), "usable here: 0, 1"),
         (Wish(("a",), 2, "torch", devices="first"), "--devices cpu"),
         (Wish(("a",), 2, "torch", devices=","), "--devices cpu"),

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_worker_on_a_gpu_sees_that_gpu_only() -> None:
     spec = launch().worker(plan(Gpu(3, "GPU-dddd", "card", 1, 1)), 1)
     assert spec.environment["CUDA_VISIBLE_DEVICES"] == "GPU-dddd"
     assert WorkerSettings.from_command_line(list(spec.arguments[3:])).device == "cuda"
+
+
+def test_a_worker_before_a_vllm_server_is_told_where_it_is() -> None:
+    """Its own, whatever a variable says; block size and length are then the server's."""
+    made = launch("--engine", "vllm", "--vllm-url", "http://a", MELL_VLLM_API_KEY="key")
+    spec = made.worker(replace(plan(), vllm_url="http://a"), 1)
+    read = WorkerSettings.from_command_line(list(spec.arguments[3:]))
+    assert (read.engine, read.vllm_url, read.block_tokens, read.max_model_len) == ("vllm", "http://a", 0, 0)
+    assert spec.environment["MELL_VLLM_API_KEY"] == "key"
 
 
 def test_the_frontend_serves_each_model_once_under_its_public_name() -> None:

@@ -166,3 +166,10 @@ def test_a_plan_that_does_not_fit_is_one_line(start: Starter) -> None:
 def test_a_range_of_workers_for_several_models_is_one_line(start: Starter) -> None:
     """One scaler scales one model; nothing is started."""
     fails(start("--model", "a,b", "--workers", "2..4", "--engine", "torch"), "is for one model, but there are 2")
+
+
+def test_a_range_of_workers_for_servers_that_run_already_is_one_line(start: Starter) -> None:
+    """Each vLLM server has its worker."""
+    fails(
+        start("--workers", "1..2", "--vllm-url", "http://127.0.0.1:1", MELL_ENGINE="vllm"), "vLLM servers run already"
+    )

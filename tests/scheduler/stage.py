@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from mell_scheduler.candidate import AlwaysLeads, Candidate
 from mell_scheduler.lease import Lease, LeaseSettings
-from mell_scheduler.service import Contest, SchedulerService
+from mell_scheduler.service import SchedulerService
 from mell_scheduler.settings import SchedulerSettings
 from mell_shared.bus import Bus, BusClosedError, Delivery
 from mell_shared.clock import Clock
@@ -84,6 +84,7 @@ class Stage:
         self.group = group
         self.clock: Clock = LoopClock()
         self.bucket = MemoryBucket(self.clock, LeaseSettings().ttl_us)
+        self.kept = MemoryBucket(self.clock, 1 << 60)
         self.tasks: list[asyncio.Task[None]] = []
 
     def bus(self) -> MemoryBus:
@@ -108,12 +109,13 @@ class StagedScheduler:
 
     def __init__(self, stage: Stage, name: str, *, lease: bool, **settings: object) -> None:
         self.bus = stage.bus()
-        self.store = MemoryKeyValue(stage.bucket)
-        contest: Contest = AlwaysLeads(unix_ms=lambda: 1)
+        self.store, self.kept = MemoryKeyValue(stage.bucket), MemoryKeyValue(stage.kept)
+        contest: AlwaysLeads | Candidate = AlwaysLeads(unix_ms=lambda: 1)
         if lease:
             contest = Candidate(
                 Lease(name, LeaseSettings()), self.store, stage.clock, unix_ms=lambda: 1, jitter=lambda: 1.0
             )
+        contest.kept = self.kept
         self.contest = contest
         self.stop = asyncio.Event()
         self.service = SchedulerService(

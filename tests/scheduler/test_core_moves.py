@@ -478,6 +478,14 @@ def test_a_slow_lane_between_two_fast_workers_counts() -> None:
     assert back.order().predicted_us == usual_us
 
 
+def test_a_lane_that_was_measured_slow_once_is_not_slow_for_ever() -> None:
+    """Nothing large is sent over it, so nothing would correct a bad measurement: after minutes it is tried again."""
+    scene = Packed()
+    lane(scene, 100_000)
+    assert not any(orders(scene.second()) for _ in range(50))
+    assert any(orders(scene.second()) for _ in range(600))
+
+
 def test_a_lane_of_unknown_workers_is_nothing() -> None:
     """A figure that came late, or of workers that never joined, is not kept."""
     scene = Packed()

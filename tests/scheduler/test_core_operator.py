@@ -354,6 +354,19 @@ def test_a_new_leader_moves_nothing_yet() -> None:
     assert answer.reply.reason == "not_ready"
 
 
+def test_the_next_leader_orders_the_very_same_move_for_the_same_ask() -> None:
+    """So a source in the midst of it goes on with it; another ask, or another sequence, is another move."""
+    names = []
+    for term, ask, request in ((1, "x", "big"), (2, "x", "big"), (2, "y", "big"), (2, "x", "small")):
+        scene = Operated()
+        scene.send(LeadershipTaken(term))
+        (order,) = orders(scene.order_of(MigrateRequest(ask=ask, request=request, target="c"))[1])
+        assert order.order.term == term
+        names.append(order.order.migration)
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
 def test_who_waits_hears_that_the_leader_has_gone() -> None:
     """Nobody is left without an answer."""
     scene = Operated()

@@ -261,6 +261,88 @@ def test_a_pause_outlasts_its_leader() -> None:
     run_virtually(main())
 
 
+def test_a_pause_outlasts_the_only_scheduler() -> None:
+    """It is kept in the store, whose answer the next one waits for; and so is its end."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            bus = stage.bus()
+            for number, paused in enumerate((True, True, False, False)):
+                only = stage.scheduler(f"s{number}", lease=True)
+                only.kept.reachable = False
+                await asyncio.sleep(1.5)
+                only.kept.reachable = True
+                await asyncio.sleep(1.5)
+                status = await ask(bus, StatusRequest())
+                assert isinstance(status, Status)
+                assert status.moves_paused is (number in (1, 2))
+                assert await ask(bus, MovingRequest(paused=paused)) == MovingReply(paused=paused)
+                only.stop.set()
+                await only.task
+
+    run_virtually(main())
+
+
+def test_a_pause_is_kept_again_by_a_broker_that_has_lost_its_store() -> None:
+    """The leader writes it down anew when its connection is back."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            only = stage.scheduler("s1", lease=True)
+            await asyncio.sleep(1.0)
+            await ask(stage.bus(), MovingRequest(paused=True))
+            only.bus.disconnect()
+            kept = stage.kept.read("moves")
+            assert kept is not None
+            stage.kept.replace("moves", None, kept.revision)
+            only.bus.reconnect()
+            await until(lambda: stage.kept.read("moves") is not None)
+
+    run_virtually(main())
+
+
+def test_a_pause_that_is_not_kept_is_told_so() -> None:
+    """It holds all the same, for the schedulers that run."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            only = stage.scheduler("s1", lease=True)
+            only.kept.reachable = False
+            await asyncio.sleep(1.0)
+            bus = stage.bus()
+            assert await ask(bus, MovingRequest(paused=True)) == MovingReply(paused=True, kept=False)
+            status = await ask(bus, StatusRequest())
+            assert isinstance(status, Status)
+            assert status.moves_paused
+
+    run_virtually(main())
+
+
+def test_a_scheduler_that_cannot_listen_at_first_hears_pauses_later() -> None:
+    """The broker was away just as it started to stand by."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            first = stage.scheduler("s1", lease=True)
+            await asyncio.sleep(1.0)
+            second = stage.scheduler("s2", lease=True)
+            first.kept.reachable = second.kept.reachable = False
+            second.bus.disconnect()
+            await asyncio.sleep(1.5)
+            second.bus.reconnect()
+            await asyncio.sleep(1.5)
+            bus = stage.bus()
+            assert await ask(bus, MovingRequest(paused=True)) == MovingReply(paused=True, kept=False)
+            first.stop.set()
+            await first.task
+            await asyncio.sleep(3.0)
+            status = await ask(bus, StatusRequest())
+            assert isinstance(status, Status)
+            assert (status.scheduler, status.moves_paused) == ("s2", True)
+
+    run_virtually(main())
+
+
 def test_a_new_leader_goes_on_with_a_drain() -> None:
     """The worker's reports say that it drains: nobody has to order it again."""
 

@@ -106,7 +106,7 @@ def test_every_container_gives_its_rights_up() -> None:
         assert "privileged" not in service
         assert not {"user", "pid", "ipc", "network_mode"} & service.keys()
         for port in service.get("ports", []):
-            assert port.startswith("${MELL_PUBLISH:-127.0.0.1:")
+            assert re.match(r"\$\{MELL_PUBLISH(_[A-Z]+)?:-127\.0\.0\.1:", port)
     assert compose["networks"]["inner"] == {"internal": True}
-    for name in ("nats", "scheduler", "gpu_worker", "gpu_worker_cuda"):
+    for name in ("nats", "scheduler", "gpu_worker", "gpu_worker_cuda", "prometheus"):
         assert compose["services"][name]["networks"] == ["inner"]

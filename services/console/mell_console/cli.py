@@ -170,6 +170,23 @@ def explain(request: Request, url: Url = _URL, admin_key: AdminKey = "", as_json
     _operate(url, admin_key, lambda frontend: show(frontend, request, as_json=as_json))
 
 
+@app.command()
+def events(  # noqa: PLR0913, PLR0917 - its options are its arguments
+    last: Annotated[
+        int, typer.Option(min=0, max=10_000, help="How many of the past, of all types, to begin with.")
+    ] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, until Ctrl-C.")] = False,
+    kind: Annotated[str, typer.Option("--type", help="Only types like this: request.finished, worker.*")] = "*",
+    url: Url = _URL,
+    admin_key: AdminKey = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print CloudEvents, one JSON line each.")] = False,
+) -> None:
+    """Show what happened: requests, moves, workers, GPUs wanted."""
+    module = load("mell_console.admin.events", "console")
+    wish = module.EventsWish(last, follow, kind)
+    _operate(url, admin_key, lambda frontend: module.events(frontend, wish, as_json=as_json))
+
+
 @moves.command()
 def pause(url: Url = _URL, admin_key: AdminKey = "", as_json: JsonFlag = False) -> None:
     """Plan no more moves, drains included, until resumed; `mell migrate` still moves."""

@@ -12,10 +12,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from mell_frontend.errors import ApiError, bad_request
+from mell_frontend.event_feed import DEFAULT_LAST, MOST_LAST, EventFeed
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.schema import parse
 from mell_frontend.schema.base import ApiModel
 from mell_shared.clock import Clock
+from mell_shared.events.envelope import CloudEvent
 from mell_shared.messages.admin import (
     AdminRefused,
     AdminReply,
@@ -35,6 +37,7 @@ from mell_shared.messages.admin import (
 
 B = TypeVar("B", bound="AdminBody")
 
+_JSON, _EVENT_STREAM = "application/json", "text/event-stream"
 _LONGEST_NAME = 200
 _RETRY_S = 0.5
 _REFUSALS: dict[str, int] = {
@@ -91,20 +94,36 @@ class AdminRoute:
     summary: str
     reply: type[BaseModel]
     body: type[AdminBody] | None = None
+    query: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Names and schemas of its query parameters."""
+    streams: bool = False
+    """Whether it answers with server-sent events, each a `reply`."""
+
+
+_STATUS_QUERY = (("sequences", {"type": "boolean", "default": False}),)
+_EVENTS_QUERY = (
+    ("last", {"type": "integer", "minimum": 0, "maximum": MOST_LAST, "default": DEFAULT_LAST}),
+    ("after", {"type": "integer", "minimum": 0}),
+    ("follow", {"type": "boolean", "default": False}),
+    ("type", {"type": "string", "default": "*"}),
+)
 
 
 class AdminApi:
     """The operations of `/admin`."""
 
-    def __init__(self, gateway: Gateway, clock: Clock) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, feed: EventFeed) -> None:
         self._gateway = gateway
         self._clock = clock
+        self._feed = feed
 
     def routes(self) -> tuple[AdminRoute, ...]:
         """Every operation."""
         worker, request = "/admin/workers/{worker}", "/admin/requests/{request:path}"
         return (
-            AdminRoute("GET", "/admin/status", self.status, "The cluster as the scheduler sees it", Status),
+            AdminRoute(
+                "GET", "/admin/status", self.status, "The cluster as the scheduler sees it", Status, query=_STATUS_QUERY
+            ),
             AdminRoute(
                 "POST", f"{worker}/drain", self.drain, "Empty a worker and keep it empty", DrainReply, DrainBody
             ),
@@ -113,6 +132,9 @@ class AdminApi:
             AdminRoute("GET", request, self.explain, "What became of a request, and why", Explanation),
             AdminRoute("POST", "/admin/moves/pause", self.pause, "Plan no more moves", MovingReply, NoBody),
             AdminRoute("POST", "/admin/moves/resume", self.resume, "Plan moves again", MovingReply, NoBody),
+            AdminRoute(
+                "GET", "/admin/events", self._feed.serve, "What happened", CloudEvent, query=_EVENTS_QUERY, streams=True
+            ),
         )
 
     async def status(self, request: Request) -> Response:
@@ -212,13 +234,16 @@ def admin_paths(routes: tuple[AdminRoute, ...], schemas: dict[str, Any]) -> dict
             "security": [{"admin_key": []}],
             "parameters": _parameters(path, route),
             "responses": {
-                "200": {"description": "Done", "content": _content(route.reply, schemas)},
+                "200": {
+                    "description": "Done",
+                    "content": _content(route.reply, schemas, _EVENT_STREAM if route.streams else _JSON),
+                },
                 "4XX": {"description": "Not done, and why"},
                 "503": {"description": "No scheduler answers, or not yet: ask again"},
             },
         }
         if route.body is not None:
-            operation["requestBody"] = {"required": False, "content": _content(route.body, schemas)}
+            operation["requestBody"] = {"required": False, "content": _content(route.body, schemas, _JSON)}
         paths.setdefault(path, {})[route.method.lower()] = operation
     return paths
 
@@ -226,13 +251,11 @@ def admin_paths(routes: tuple[AdminRoute, ...], schemas: dict[str, Any]) -> dict
 def _parameters(path: str, route: AdminRoute) -> list[dict[str, Any]]:
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     found = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
-    if route.reply is Status:
-        found.append({"name": "sequences", "in": "query", "schema": {"type": "boolean", "default": False}})
-    return found
+    return found + [{"name": name, "in": "query", "schema": schema} for name, schema in route.query]
 
 
-def _content(model: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]:
+def _content(model: type[BaseModel], schemas: dict[str, Any], media_type: str) -> dict[str, Any]:
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(schema.pop("$defs", {}))
     schemas[model.__name__] = schema
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    return {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}

@@ -23,6 +23,7 @@ from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeCh
 from mell_frontend.asgi import App, Receive, Scope, Send
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
+from mell_frontend.event_feed import EventFeed
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.key_store import KeyStore
@@ -44,7 +45,10 @@ from mell_frontend.schema import (
 from mell_frontend.schema.base import ApiModel
 from mell_frontend.served import ServedModel
 from mell_frontend.settings import FrontendSettings
+from mell_frontend.telling import RequestTeller
+from mell_frontend.vllm_metrics import VllmMetrics
 from mell_shared.clock import Clock, SystemClock
+from mell_shared.events.outbox import nowhere
 from mell_shared.ids import request_id
 
 R = TypeVar("R", bound=ApiModel)
@@ -66,26 +70,31 @@ _INLINE_BODY_BYTES = 16_384
 """Larger bodies are read in a thread, so that other streams go on meanwhile."""
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - what an app is made of
     settings: FrontendSettings,
     gateway: Gateway,
     models: Sequence[ServedModel],
     registry: CollectorRegistry,
     keys: KeyStore | None = None,
+    *,
+    teller: RequestTeller | None = None,
+    feed: EventFeed | None = None,
 ) -> App:
     """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`.
 
-    Without `keys` those of the settings count, and are never read again.
+    Without `keys` those of the settings count, and are never read again; without `teller` and `feed` there are no
+    events for other systems.
     """
     clock = SystemClock()
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
-    api = _Api(settings, gateway, models, clock)
+    as_vllm = VllmMetrics(registry, [model.name for model in models])
+    api = _Api(settings, models, clock, Responder(gateway, clock, as_vllm), teller or RequestTeller(nowhere))
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
-    operations = AdminApi(gateway, clock).routes()
+    operations = AdminApi(gateway, clock, feed or EventFeed(None, settings.write_timeout_s)).routes()
     for operation in operations:
         site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
@@ -99,18 +108,25 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", *_LIMIT_HEADERS],
         )
-    return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site))), clock)
+    return Recorder(app, FrontendMetrics(registry, frozenset(_paths(site)), as_vllm), clock)
 
 
 class _Api:
     """The endpoints that need models or the gateway."""
 
     def __init__(
-        self, settings: FrontendSettings, gateway: Gateway, models: Sequence[ServedModel], clock: Clock
+        self,
+        settings: FrontendSettings,
+        models: Sequence[ServedModel],
+        clock: Clock,
+        responder: Responder,
+        teller: RequestTeller,
     ) -> None:
         self._settings = settings
         self._models = {model.name: model for model in models}
-        self._responder = Responder(gateway, clock)
+        self._clock = clock
+        self._responder = responder
+        self._teller = teller
         self._created = int(time.time())
 
     def add_routes(self, site: FastAPI) -> None:
@@ -160,7 +176,13 @@ class _Api:
         record.stream, record.choices = job.stream, job.choices
         allowance: Allowance = request.scope["state"]["allowance"]
         allowance.reserve(job.most_tokens)
-        return _Answer(respond, record, allowance, self._settings.write_timeout_s)
+        self._teller.arrived(record, sum(map(len, job.prompts)))
+
+        def ended() -> None:
+            allowance.settle(record.used_tokens)
+            self._teller.ended(record, self._clock.now_us())
+
+        return _Answer(respond, record, ended, self._settings.write_timeout_s)
 
     async def _read(self, request: Request, model: type[R], then: Callable[[R], T]) -> T:
         """Return what `then` makes of the request's body; raises `ApiError`."""
@@ -221,13 +243,13 @@ class _Answer(Response):
         self,
         respond: Callable[[Exchange], Coroutine[Any, Any, None]],
         record: RequestRecord,
-        allowance: Allowance,
+        ended: Callable[[], None],
         write_timeout_s: float,
     ) -> None:
         super().__init__()
         self._respond = respond
         self._record = record
-        self._allowance = allowance
+        self._ended = ended
         self._write_timeout_s = write_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -235,7 +257,7 @@ class _Answer(Response):
         try:
             await exchange.run(self._respond(exchange))
         finally:
-            self._allowance.settle(self._record.used_tokens)
+            self._ended()
 
 
 def _record(request: Request) -> RequestRecord:

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from mell_frontend.record import RequestRecord
+from mell_frontend.vllm_metrics import VllmMetrics
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _OTHER = "other"
@@ -11,8 +12,9 @@ _OTHER = "other"
 class FrontendMetrics:
     """Counters and histograms of the HTTP side, written once per request."""
 
-    def __init__(self, registry: CollectorRegistry, paths: frozenset[str]) -> None:
+    def __init__(self, registry: CollectorRegistry, paths: frozenset[str], as_vllm: VllmMetrics) -> None:
         self._paths = paths
+        self._as_vllm = as_vllm
         self._requests = Counter("mell_http_requests", "Requests answered.", ["path", "status"], registry=registry)
         self.in_flight = Gauge("mell_http_requests_in_flight", "Requests being answered.", registry=registry)
         self._duration = Histogram(
@@ -37,6 +39,7 @@ class FrontendMetrics:
         self._gone.inc(record.disconnected)
         if not record.choices:
             return
+        self._as_vllm.observe(record, now_us)
         if record.first_token_us is not None:
             self._ttft.observe((record.first_token_us - record.started_us) / 1e6)
         self._prompt.inc(record.prompt_tokens)

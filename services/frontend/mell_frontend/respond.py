@@ -11,20 +11,22 @@ from mell_frontend.record import RequestRecord
 from mell_frontend.sse import comment, error_event
 from mell_frontend.stop import StopMatcher
 from mell_frontend.tools import ToolParser
+from mell_frontend.vllm_metrics import TokenMeter, VllmMetrics
 from mell_shared.clock import Clock
 
 
 class Responder:
     """Answers jobs; holds nothing between them."""
 
-    def __init__(self, gateway: Gateway, clock: Clock) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, metrics: VllmMetrics) -> None:
         self._gateway = gateway
         self._clock = clock
+        self._metrics = metrics
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
         async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
-            run = _Run(job, reader, exchange.record, self._clock)
+            run = self._run(job, reader, exchange.record)
             try:
                 while run.open_choices:
                     text = _shown(answer, await run.next())
@@ -43,7 +45,7 @@ class Responder:
     async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
         """Answer with one JSON body."""
         async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
-            run = _Run(job, reader, exchange.record, self._clock)
+            run = self._run(job, reader, exchange.record)
             try:
                 while run.open_choices:
                     for choice, event in await run.next():
@@ -54,6 +56,9 @@ class Responder:
                 await _send_error(exchange, error)
             finally:
                 run.note_usage()
+
+    def _run(self, job: Job, reader: Reader, record: RequestRecord) -> "_Run":
+        return _Run(job, reader, record, self._clock, self._metrics.meter(job.model.name))
 
 
 async def _send_error(exchange: Exchange, error: ApiError) -> None:
@@ -81,11 +86,14 @@ def _shown(answer: StreamedAnswer, events: list[tuple[int, Waiting | Piece]]) ->
 class _Run:
     """A job while it runs: each choice's text, and how many of them have not ended."""
 
-    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock) -> None:
+    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock, meter: TokenMeter) -> None:
         self._job = job
         self._reader = reader
         self._record = record
         self._clock = clock
+        self._meter = meter
+        self._last_us: list[int | None] = [None] * job.choices
+        """When the last token of each choice came."""
         self._texts = [_choice_text(job, choice) for choice in range(job.choices)]
         self._ended = [False] * job.choices
         self.open_choices = job.choices
@@ -120,12 +128,19 @@ class _Run:
             return event
         if event.finish_reason in ("cancelled", "error"):
             raise from_generation(GenerationError("failed", "The engine could not go on with this request."))
-        if self._record.first_token_us is None and event.token_ids:
-            self._record.first_token_us = self._clock.now_us()
+        if event.token_ids:
+            self._note_tokens(choice, len(event.token_ids))
         piece = self._texts[choice].push(event)
         if piece.finish is not None:
             self._end(choice, piece.finish)
         return piece
+
+    def _note_tokens(self, choice: int, tokens: int) -> None:
+        now_us, last_us = self._clock.now_us(), self._last_us[choice]
+        self._last_us[choice] = now_us
+        if self._record.first_token_us is None:
+            self._record.first_token_us = now_us
+        self._meter.took(tokens, None if last_us is None else now_us - last_us)
 
     def _end(self, choice: int, reason: str) -> None:
         self._ended[choice] = True

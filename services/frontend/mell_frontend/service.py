@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from mell_frontend.admin_gate import AdminGate
 from mell_frontend.app import create_app
 from mell_frontend.asgi import App
+from mell_frontend.event_feed import EventFeed
 from mell_frontend.gateway import BusGateway
 from mell_frontend.http_protocol import bounded_protocol
 from mell_frontend.key_store import KeyStore
@@ -25,10 +26,14 @@ from mell_frontend.settings import FrontendSettings
 from mell_frontend.stream.core import FrontendCore
 from mell_frontend.stream.limits import StreamLimits
 from mell_frontend.stream_metrics import GatewayCollector
+from mell_frontend.telling import RequestTeller
 from mell_shared.bus import Bus
 from mell_shared.clock import SystemClock
+from mell_shared.events.envelope import source_name
+from mell_shared.events.outbox import Outbox, OutboxCollector, nowhere
 from mell_shared.metrics import BusCollector, new_registry, serve_metrics
 from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.process import StartError
 from mell_shared.subjects import Subjects
 
@@ -54,6 +59,29 @@ class _HttpSide:
     listener: socket.socket
     models: list[str]
     keys: KeyStore
+    feed: EventFeed
+
+
+class _Events:
+    """A frontend's side of the events for other systems: tells its own, lets operators read all."""
+
+    def __init__(self, settings: FrontendSettings, bus: NatsBus, frontend: str) -> None:
+        on = settings.events == "on"
+        store = NatsEventStore(bus, Subjects(settings.subject_prefix)) if on else None
+        source = source_name(settings.subject_prefix, "frontend", frontend)
+        self._outbox = None if store is None else Outbox(store, source, lambda: self.teller.state())  # noqa: PLW0108 - made below
+        self.teller = RequestTeller(nowhere if self._outbox is None else self._outbox.emit)
+        self.feed = EventFeed(store, settings.write_timeout_s)
+
+    @asynccontextmanager
+    async def running(self, registry: CollectorRegistry) -> AsyncIterator[None]:
+        """Write what is told while the context lasts."""
+        if self._outbox is None:
+            yield
+            return
+        registry.register(OutboxCollector(self._outbox))
+        async with self._outbox.running():
+            yield
 
 
 async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) -> None:
@@ -67,14 +95,15 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
             timeouts = Timeouts(place_s=settings.place_reply_s, submit_s=settings.submit_reply_s)
             gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts)
             registry = _registry(bus, gateway)
-            app = create_app(settings, gateway, models, registry, keys=keys)
+            events = _Events(settings, bus, frontend)
+            app = create_app(settings, gateway, models, registry, keys=keys, teller=events.teller, feed=events.feed)
             names = [model.name for model in models]
-            http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, names, keys)
+            http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, names, keys, events.feed)
             # What libraries and models are made of lives as long as the process: never search it for garbage again.
             gc.collect()
             gc.freeze()
             metrics = partial(serve_metrics, host=settings.metrics_host, port=settings.metrics_port)
-            async with metrics(registry, lambda: gateway.ready):
+            async with metrics(registry, lambda: gateway.ready), events.running(registry):
                 await _run(settings, gateway, bus, http, stop)
         finally:
             await bus.close()
@@ -136,6 +165,7 @@ async def _run(settings: FrontendSettings, gateway: BusGateway, bus: Bus, http: 
         announcing.cancel()
         looking.cancel()
         await _finish(gateway, settings.stop_deadline_s)
+        http.feed.stop()
         http.server.should_exit = True
         await serving
         gateway.stop()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -65,6 +65,7 @@ class FrontendSettings(ServiceSettings):
         5.0, gt=0, description="A worker silent this long loses its sequences to others; at least three statuses."
     )
     broker_lost_s: float = Field(60.0, gt=0, description="Streams fail after this long without the broker.")
+    events: Literal["on", "off"] = Field("on", description="Events for other systems on JetStream; also at schedulers.")
     stop_deadline_s: float = Field(30.0, ge=0, description="After SIGTERM, the longest wait for running streams.")
 
     @field_validator("models", "api_keys", "cors_origins", mode="before")

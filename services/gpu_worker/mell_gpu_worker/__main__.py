@@ -99,9 +99,9 @@ class _Parts:
 async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, stop: asyncio.Event) -> None:
     engine, counts = parts.engine, DataCounts()
     modes = modes_of(settings, engine.spec)
-    if set(settings.migration_modes) - set(modes):
-        # On a GPU without UCX, or with an engine whose memory cannot be seen.
-        left_out = sorted(set(settings.migration_modes) - set(modes))
+    # On a GPU without UCX; or with an engine whose memory cannot be seen, if they were asked for by name.
+    asked = settings.migration_modes if "migration_modes" in settings.model_fields_set else engine.spec.migration_modes
+    if left_out := sorted((set(asked) & set(settings.migration_modes)) - set(modes)):
         structlog.get_logger().warning("migration_modes_left_out", modes=left_out, transport=settings.transport)
     transport = await open_data_port(settings, engine, counts) if set(KV_MODES) & set(modes) else None
     try:
@@ -132,7 +132,7 @@ async def _measure(settings: WorkerSettings, parts: _Parts, transport: Transport
         settings.profile_s, settings.profile_stretch, settings.max_sequences, settings.max_step_tokens
     )
     profile: Profile = ()
-    if settings.profile_s and settings.migration_modes:
+    if settings.profile_s and settings.migration_modes and not parts.engine.spec.can.own_pace:
         try:
             profile = await parts.thread.run(partial(profile_prefill, parts.engine, limits, SystemClock()))
         except EngineError as error:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mell_gpu_worker.core.events import EngineFailed, StepFinished
+from mell_gpu_worker.core.events import EngineAway, EngineFailed, PoolMeasured, StepFinished
 from mell_gpu_worker.core.step import StepRow
-from mell_gpu_worker.engine.base import Engine, EngineError
+from mell_gpu_worker.engine.base import Engine, EngineAwayError, EngineError, PacedEngine
 
 T = TypeVar("T")
 _THREAD_NAME = "mell-engine"
@@ -91,6 +91,26 @@ class EngineRunner:
         # Whoever waits for the event loop comes before the next step.
         await asyncio.sleep(0)
         return StepFinished(result)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the engine's memory is its own business, and has to be asked for."""
+        return isinstance(self._engine, PacedEngine)
+
+    async def measure(self) -> PoolMeasured | EngineAway | EngineFailed:
+        """Ask an engine with memory of its own how it stands; steps go on meanwhile."""
+        assert isinstance(self._engine, PacedEngine)
+        try:
+            return await asyncio.to_thread(self._engine.measure)
+        except EngineAwayError as error:
+            return EngineAway(str(error))
+        except EngineError as error:
+            return EngineFailed(str(error))
+
+    async def rest(self) -> None:
+        """Let an engine with a pace of its own drop what goes on, after the step under way."""
+        assert isinstance(self._engine, PacedEngine)
+        await self._thread.run(self._engine.rest)
 
     def kv_block(self, index: int) -> Any:
         """Return the memory of a pool block, as the engine port says."""

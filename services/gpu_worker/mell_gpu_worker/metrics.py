@@ -97,6 +97,7 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
         yield from self._gauges()
+        yield from self._as_vllm()
         yield from self._counters()
         yield from self._migration()
 
@@ -107,6 +108,29 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("mell_worker_kv_blocks", "KV blocks of the pool.", batcher.pool.kv_blocks)
         yield GaugeMetricFamily("mell_worker_kv_blocks_used", "KV blocks held.", batcher.pool.used_blocks)
         yield GaugeMetricFamily("mell_worker_draining", "1 while nothing new is taken.", int(self._core.draining))
+
+    def _as_vllm(self) -> Iterator[Metric]:
+        """Yield what vLLM calls by another name, and means the same by."""
+        batcher, model = self._core.batcher, [self._core.config.spec.model]
+        use = batcher.pool.used_blocks / batcher.pool.kv_blocks
+        gauges = {
+            "num_requests_running": ("Sequences in the engine's batches.", len(batcher.running)),
+            "num_requests_waiting": ("Preempted sequences.", len(batcher.waiting)),
+            "kv_cache_usage_perc": ("KV blocks held: 1 means all.", use),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge.add_metric(model, value)
+            yield gauge
+        counters = {
+            "num_preemptions": ("Sequences preempted.", batcher.preemptions),
+            "prefix_cache_queries": ("Tokens looked for in the prefix cache.", batcher.prefix_queried_tokens),
+            "prefix_cache_hits": ("Tokens found in the prefix cache.", batcher.prefix_hit_tokens),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter.add_metric(model, value)
+            yield counter
 
     def _counters(self) -> Iterator[Metric]:
         counts = self._counts

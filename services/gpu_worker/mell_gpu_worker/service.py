@@ -18,6 +18,7 @@ from mell_gpu_worker.core.commands import (
     PublishEvent,
     PublishTokens,
     Reply,
+    Rest,
     RunStep,
     SendBlocks,
     SendEvicted,
@@ -28,6 +29,7 @@ from mell_gpu_worker.core.events import (
     CommandReceived,
     ConnectionLost,
     ConnectionRestored,
+    EngineAway,
     Event,
     StepFinished,
     StopRequested,
@@ -50,6 +52,8 @@ from mell_shared.messages.worker import WORKER_COMMAND, CommandInvalid, ReserveK
 _SHORTEST_SLEEP_S = 0.001
 _LONGEST_SLEEP_S = 0.1
 """How late a lost connection is noticed."""
+_MEASURE_EVERY_S = 1.0
+"""How often an engine that manages its own memory is asked how that stands."""
 
 
 class WorkerService:
@@ -107,6 +111,8 @@ class WorkerService:
         self._actor.spawn(self._tell_stop(stop))
         if self._lanes is not None:
             self._actor.spawn(self._lanes.run())
+        if self._engine.measurable:
+            self._actor.spawn(self._tell_measures())
         spec = self.core.config.spec
         self._log.info(
             "ready",
@@ -140,6 +146,18 @@ class WorkerService:
         await stop.wait()
         self._log.info("stopping", sequences=len(self.core.streams))
         await self._actor.put(StopRequested())
+
+    async def _tell_measures(self) -> None:
+        away = False
+        while True:
+            measured = await self._engine.measure()
+            if isinstance(measured, EngineAway) and not away:
+                self._log.warning("engine_away", message=measured.message)
+            elif away and not isinstance(measured, EngineAway):
+                self._log.info("engine_back")
+            away = isinstance(measured, EngineAway)
+            await self._actor.put(measured)
+            await asyncio.sleep(_MEASURE_EVERY_S)
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
@@ -179,6 +197,8 @@ class WorkerService:
         match command:
             case RunStep():
                 self._actor.spawn(self._run_step(command))
+            case Rest():
+                self._actor.spawn(self._engine.rest())
             case PublishTokens(frontend, tokens):
                 await self._publish(self._subjects.frontend_tokens(frontend), tokens)
             case PublishEvent(event):

@@ -20,8 +20,8 @@ class WorkerSettings(ServiceSettings):
 
     worker_name: str = Field("worker", min_length=1, description="Name in status and logs; its id adds a fresh suffix.")
     worker_host: str = Field(default_factory=socket.gethostname, description="Machine that the worker says it is on.")
-    engine: Literal["torch", "fake"] = Field(
-        "torch", description="`torch`: real models; `fake`: no weights, for tests."
+    engine: Literal["torch", "fake", "vllm"] = Field(
+        "torch", description="`torch`: real models; `fake`: no weights, for tests; `vllm`: a vLLM server."
     )
     model: str = Field(DEFAULT_MODEL, min_length=1, description="Store name, folder or hub id of the model.")
     served_model_name: str = Field("", description="Name that clients use for the model; empty: `model` itself.")
@@ -36,7 +36,9 @@ class WorkerSettings(ServiceSettings):
     )
     kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
     memory_share: float = Field(0.5, gt=0, le=0.95, description="Share of free memory for the KV pool.")
-    block_tokens: int = Field(16, ge=1, le=256, description="Tokens in one KV block; equal in the whole cluster.")
+    block_tokens: int = Field(
+        16, ge=0, le=4096, description="Tokens in one KV block; equal in the whole cluster; with vLLM the server's."
+    )
     max_model_len: int = Field(0, ge=0, description="Longest sequence in tokens; 0: the model's context.")
     max_sequences: int = Field(256, ge=1, description="Most sequences held at once.")
     max_step_tokens: int = Field(512, ge=1, description="Most tokens computed in one engine step.")
@@ -78,6 +80,15 @@ class WorkerSettings(ServiceSettings):
         0.25, gt=0, le=10, description="Share by which prefill for moved sequences may lengthen a decode step."
     )
 
+    vllm_url: str = Field("http://127.0.0.1:8001", description="vLLM engine: where its server listens.")
+    vllm_model: str = Field("", description="vLLM engine: the model's name there; empty: the only one served.")
+    vllm_api_key: str = Field("", description="vLLM engine: key that its server asks for; better as a variable.")
+    vllm_command: str = Field("", description="vLLM engine: command that starts the server; empty: it runs already.")
+    vllm_start_s: float = Field(600.0, gt=0, description="vLLM engine: longest wait for the server at start.")
+    vllm_away_s: float = Field(
+        5.0, ge=0, description="vLLM engine: a server silent this long loses its sequences to other workers."
+    )
+
     fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")
     fake_sequence_us: int = Field(0, ge=0, description="Fake engine: time added for each sequence in a step.")
     fake_prefill_token_us: int = Field(0, ge=0, description="Fake engine: time added for each prompt token.")
@@ -87,10 +98,18 @@ class WorkerSettings(ServiceSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fake_engine_serves_fake(cls, values: dict[str, object]) -> dict[str, object]:
+    def _defaults_of_the_engine(cls, values: dict[str, object]) -> dict[str, object]:
         if values.get("engine") == "fake":
             values.setdefault("model", FAKE_MODEL)
+        if values.get("engine") == "vllm":
+            values.setdefault("block_tokens", 0)
         return values
+
+    @model_validator(mode="after")
+    def _blocks_hold_tokens(self) -> Self:
+        if not self.block_tokens and self.engine != "vllm":
+            raise ValueError("block_tokens 0 leaves the size to a vLLM server; other engines need a number")
+        return self
 
     @model_validator(mode="after")
     def _step_holds_all_decodes(self) -> Self:

@@ -40,11 +40,12 @@ def core_config(
         vocab_size=engine.vocab_size,
         eos_token_ids=engine.eos_token_ids,
         max_step_tokens=settings.max_step_tokens,
-        prefix_cache=settings.prefix_cache,
+        prefix_cache=settings.prefix_cache and engine.can.prefix_cache,
         report_interval_us=round(settings.report_interval_s * 1e6),
         status_interval_us=round(settings.status_interval_s * 1e6),
         frontend_silence_us=round(settings.frontend_silence_s * 1e6),
         stop_deadline_us=round(settings.stop_deadline_s * 1e6),
+        can=engine.can,
         moves=MoveLimits(
             max_outgoing=settings.max_outgoing_moves,
             max_incoming=settings.max_incoming_moves,

@@ -2,6 +2,9 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 
@@ -10,12 +13,18 @@ from mell_scheduler.lease import Lease, LeaseSettings
 from mell_scheduler.service import Contest, SchedulerService
 from mell_scheduler.settings import SchedulerSettings
 from mell_shared.clock import Clock, SystemClock
+from mell_shared.events.data import SchedulerState
+from mell_shared.events.envelope import source_name
+from mell_shared.events.outbox import Outbox, OutboxCollector, nowhere
+from mell_shared.events.store import Retention
 from mell_shared.ids import process_id
 from mell_shared.log import configure_logging
-from mell_shared.metrics import BusCollector, serve_metrics
+from mell_shared.metrics import BusCollector, add_process_metrics, serve_metrics
 from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.nats_key_value import NatsKeyValue
 from mell_shared.process import run_service
+from mell_shared.subjects import Subjects
 
 
 def main(arguments: list[str]) -> None:
@@ -32,15 +41,32 @@ async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) 
     try:
         clock = SystemClock()
         contest = build_contest(settings, process, bus, clock)
-        service = SchedulerService(bus, settings, contest, process=process, clock=clock)
+        outbox = build_outbox(settings, process, bus, lambda: service.herald.state())  # noqa: PLW0108 - made below
+        emit = nowhere if outbox is None else outbox.emit
+        service = SchedulerService(bus, settings, contest, process=process, clock=clock, emit=emit)
+        add_process_metrics(service.registry)
         service.registry.register(BusCollector(bus))
-        async with serve_metrics(
-            service.registry, lambda: service.healthy, host=settings.metrics_host, port=settings.metrics_port
-        ):
+        async with AsyncExitStack() as stack:
+            endpoint = partial(serve_metrics, host=settings.metrics_host, port=settings.metrics_port)
+            await stack.enter_async_context(endpoint(service.registry, lambda: service.healthy))
+            if outbox is not None:
+                service.registry.register(OutboxCollector(outbox))
+                await stack.enter_async_context(outbox.running())
             await service.run(stop)
     finally:
         await bus.close()
     structlog.get_logger().info("stopped")
+
+
+def build_outbox(
+    settings: SchedulerSettings, process: str, bus: NatsBus, snapshot: Callable[[], SchedulerState | None]
+) -> Outbox | None:
+    """Return what writes the events for other systems, None if they are off."""
+    if settings.events == "off":
+        return None
+    retention = Retention(settings.events_max_age_h * 3600, settings.events_max_mb * 10**6)
+    store = NatsEventStore(bus, Subjects(settings.subject_prefix), retention)
+    return Outbox(store, source_name(settings.subject_prefix, "scheduler", process), snapshot)
 
 
 def build_contest(settings: SchedulerSettings, process: str, bus: NatsBus, clock: Clock) -> Contest:
@@ -49,7 +75,9 @@ def build_contest(settings: SchedulerSettings, process: str, bus: NatsBus, clock
         return AlwaysLeads()
     lease = LeaseSettings()
     store = NatsKeyValue(bus, f"{settings.subject_prefix}-scheduler", lease.ttl_us / 1_000_000)
-    return Candidate(Lease(process, lease), store, clock)
+    candidate = Candidate(Lease(process, lease), store, clock)
+    candidate.kept = NatsKeyValue(bus, f"{settings.subject_prefix}-settings", 0)
+    return candidate
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class AlwaysLeads:
     """Leadership without a lease, for a single scheduler."""
 
     def __init__(self, unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+        self.kept: KeyValue | None = None
         self._unix_ms = unix_ms
 
     async def prepare(self) -> None:
@@ -86,6 +87,8 @@ class Candidate:
         self._unix_ms = unix_ms
         self._jitter = jitter
         self._term: int | None = None
+        self.kept: KeyValue | None = None
+        """Where what must outlast leaders is kept, if anywhere; keys there do not expire."""
         self.failures = 0
         """How often the store gave no answer."""
 

@@ -60,14 +60,6 @@ class Inbox:
             return None
         return self._read(ADMIN_REQUEST, delivery, _MAX_REQUEST_BYTES)
 
-    def pause(self, delivery: Delivery) -> MovingRequest | None:
-        """An operator's pause as a bystander hears it: what is wrong with it is for whoever leads to tell."""
-        try:
-            request = decode(ADMIN_REQUEST, delivery.data)
-        except InvalidMessageError:
-            return None
-        return request if isinstance(request, MovingRequest) else None
-
     def _read(self, adapter: TypeAdapter[M], delivery: Delivery, limit_bytes: int) -> M | None:
         size_bytes = len(delivery.data)
         if size_bytes > limit_bytes:
@@ -82,3 +74,12 @@ class Inbox:
     def _drop(self, delivery: Delivery, fault: str, reason: str) -> None:
         self._tally.dropped[fault] += 1
         self._log.warning("message_dropped", subject=delivery.subject, fault=fault, reason=reason)
+
+
+def read_pause(delivery: Delivery) -> MovingRequest | None:
+    """An operator's pause as a bystander hears it: what is wrong with it is for whoever leads to tell."""
+    try:
+        request = decode(ADMIN_REQUEST, delivery.data)
+    except InvalidMessageError:
+        return None
+    return request if isinstance(request, MovingRequest) else None

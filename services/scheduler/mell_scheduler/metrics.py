@@ -83,6 +83,12 @@ def decision_seconds(registry: CollectorRegistry) -> Histogram:
     )
 
 
+def epoch_seconds(registry: CollectorRegistry) -> Histogram:
+    """Return the histogram of the core's time for an epoch's plan of moves."""
+    text = "Time that planning an epoch's moves takes."
+    return Histogram("mell_epoch_seconds", text, registry=registry, buckets=_DECISION_BUCKETS_S)
+
+
 def _by(name: str, text: str, label: str, counts: Counts[str]) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=[label])
     for value, count in sorted(counts.items()):
@@ -92,6 +98,10 @@ def _by(name: str, text: str, label: str, counts: Counts[str]) -> CounterMetricF
 
 def _state(core: SchedulerCore) -> Iterator[Metric]:
     yield GaugeMetricFamily("mell_scheduler_queue_length", "Requests that wait for room.", len(core.waiting))
+    waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests waiting to be placed.", labels=["model_name"])
+    for name in core.ledger.models:
+        waiting.add_metric([name], len(core.waiting.of(name)))
+    yield waiting
     yield GaugeMetricFamily("mell_scheduler_sequences", "Sequences placed or running.", len(core.ledger.sequences))
     yield GaugeMetricFamily("mell_scheduler_migrating", "Moves under way.", len(core.ledger.moving))
     yield GaugeMetricFamily("mell_scheduler_moves_paused", "1 while no moves are planned.", int(core.moves_paused))

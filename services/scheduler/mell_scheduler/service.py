@@ -33,20 +33,27 @@ from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.moves import outcome_status
 from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
 from mell_scheduler.event_log import EventLog
+from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
-from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds
+from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, epoch_seconds
+from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
+from mell_scheduler.packing_metrics import PackingMeter
+from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
 from mell_shared.codec import encode
+from mell_shared.events.outbox import Emit, nowhere
+from mell_shared.key_value import KeyValue
 from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
     FailureCount,
     ModelStatus,
+    MovingReply,
     MovingRequest,
     Status,
     StatusRequest,
@@ -63,6 +70,11 @@ _LOUD = ("lost", "silent", "refused")
 
 class Contest(Protocol):
     """How this scheduler comes to lead: `AlwaysLeads` or `Candidate`."""
+
+    @property
+    def kept(self) -> KeyValue | None:
+        """Where what must outlast leaders is kept, if anywhere."""
+        ...
 
     async def prepare(self) -> None:
         """Check that standing for leader is possible; raises `StartError`."""
@@ -84,7 +96,16 @@ class Contest(Protocol):
 class SchedulerService:
     """One scheduler process. While it leads it has a core and listens; else it only stands for leader."""
 
-    def __init__(self, bus: Bus, settings: SchedulerSettings, contest: Contest, *, process: str, clock: Clock) -> None:
+    def __init__(  # noqa: PLR0913 - what a process is made of
+        self,
+        bus: Bus,
+        settings: SchedulerSettings,
+        contest: Contest,
+        *,
+        process: str,
+        clock: Clock,
+        emit: Emit = nowhere,
+    ) -> None:
         self._bus = bus
         self._settings = settings
         self._contest = contest
@@ -96,13 +117,19 @@ class SchedulerService:
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
+        self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
-        self._paused = False
-        """What an operator said last of moves, to whoever led then."""
+        self._pause = PauseMemory(bus, self._subjects, contest.kept)
+        self._told_to_pause = False
+        """An operator has said something of moves since this scheduler leads."""
         self._event_log = self._open_event_log()
         self._registry = CollectorRegistry()
         self._decision_seconds = decision_seconds(self._registry)
+        self._epoch_seconds = epoch_seconds(self._registry)
+        self._move_metrics = MoveMetrics(self._registry)
+        self._packing = PackingMeter()
+        self._registry.register(self._packing)
         self._registry.register(SchedulerCollector(self._tally, lambda: self._core))
         self._log = structlog.get_logger()
 
@@ -119,11 +146,13 @@ class SchedulerService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then leave in order: answer who waits, give the lease back."""
         await self._contest.prepare()
-        await self._hear_pauses()
+        hears = await self._pause.listen()
         self._bus.on_reconnect(self._reconnected)
         async with asyncio.TaskGroup() as group:
             actor = group.create_task(self._actor.run(self._start_ticking))
             beside = [group.create_task(self._bus.watch()), group.create_task(self._contest.run(self))]
+            if not hears:
+                beside.append(group.create_task(self._pause.listen_yet()))
             await stop.wait()
             self._actor.post(LeadershipEnded())
             self._actor.stop()
@@ -134,17 +163,25 @@ class SchedulerService:
         if self._event_log is not None:
             self._event_log.close()
 
-    async def _hear_pauses(self) -> None:
-        """Listen to operators' pauses also while another leads, so that they outlast a failover."""
-        try:
-            await self._bus.subscribe(self._subjects.admin("moving"), self._note_pause)
-        except BusError as error:
-            self._log.warning("subscribing_failed", reason=str(error))
+    async def _recall_pause(self) -> None:
+        """Go on as an operator wanted of an earlier leader; what this one has been told itself counts more."""
+        paused, core = await self._pause.recall(), self._core
+        if core is not None and not self._told_to_pause and core.moves_paused != paused:
+            self._actor.post(OperatorAsked("", MovingRequest(paused=paused)))
 
-    async def _note_pause(self, delivery: Delivery) -> None:
-        request = self._inbox.pause(delivery)
-        if request is not None:
-            self._paused = request.paused
+    async def _keep_on_pausing(self) -> None:
+        """Write it down again: the broker may have come back without its store."""
+        await self._pause.keep(paused=True)
+
+    def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
+        """Answer an operator when what was said is written down, or say that it is not."""
+
+        async def keep() -> None:
+            kept = await self._pause.keep(paused=told.paused)
+            await self._send(answer.handle, told.model_copy(update={"kept": kept}))
+
+        self._told_to_pause = True
+        self._actor.spawn(keep())
 
     def _start_ticking(self) -> None:
         self._actor.every(TICK_S, Tick)
@@ -173,17 +210,23 @@ class SchedulerService:
         now_us = self._clock.now_us()
         if isinstance(event, LeadershipTaken) and self._contest.leads():
             self._core = self._new_core(now_us)
+            self.herald.begin(self._core, event.term)
             await self._listen()  # before the core asks for reports
         core = self._core
         if core is None or not self._may_decide(event):
-            if isinstance(event, OperatorAsked):
+            if isinstance(event, OperatorAsked) and event.handle:
                 await self._send(event.handle, _NOT_LEADER)
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
-        before_ns = time.perf_counter_ns()
+        before_ns, plan_us = time.perf_counter_ns(), core.ledger.plan_us
         commands = core.handle(event, now_us)
-        self._decision_seconds.labels(type(event).__name__).observe((time.perf_counter_ns() - before_ns) / 1e9)
+        took_s = (time.perf_counter_ns() - before_ns) / 1e9
+        self._decision_seconds.labels(type(event).__name__).observe(took_s)
+        if core.ledger.plan_us != plan_us:
+            self._epoch_seconds.observe(took_s)
+            self._packing.look(core, now_us)
+        self.herald.tell(event, commands)
         for command in commands:
             await self._carry_out(command, event)
         await self._follow_up(event)
@@ -201,11 +244,17 @@ class SchedulerService:
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
             self._log.info("ready", role="leader", term=event.term, policy=self._settings.policy)
-            if self._paused:
+            self._told_to_pause = False
+            if self._pause.heard:
                 self._actor.post(OperatorAsked("", MovingRequest(paused=True)))
+            self._actor.spawn(self._recall_pause())
         elif isinstance(event, LeadershipEnded):
             await self._stop_listening()
+            self.herald.end()
+            self._packing.forget()
             self._core = None
+        elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
+            self._actor.spawn(self._keep_on_pausing())
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
             self._actor.post(ConnectionRestored())
@@ -248,9 +297,12 @@ class SchedulerService:
                 self._start_migration(command)
             case MigrationSettled():
                 self._note_settled(command)
+            case Answer(handle=""):
+                pass  # nobody asked
+            case Answer(reply=MovingReply() as told):
+                self._keep_pause(command, told)
             case Answer():
-                if command.handle:
-                    await self._send(command.handle, command.reply)
+                await self._send(command.handle, command.reply)
             case OrderDrain():
                 self._order_drain(command)
             case WantGpus():
@@ -283,6 +335,7 @@ class SchedulerService:
 
     def _note_settled(self, command: MigrationSettled) -> None:
         self._tally.settled(command, self._clock.now_us())
+        self._move_metrics.settled(command)
         self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:

@@ -69,6 +69,9 @@ class SchedulerSettings(ServiceSettings):
     step_block_ns: int = Field(0, ge=0, description="With tpot_target_ms: what each KV block adds to a step.")
     tpot_target_ms: float = Field(0.0, ge=0, description="Longest step of a worker that still gets work; 0: any.")
     lease: Literal["on", "off"] = Field("on", description="`off`: lead without a lease; only for a single scheduler.")
+    events: Literal["on", "off"] = Field("on", description="Events for other systems on JetStream; also at frontends.")
+    events_max_age_h: float = Field(24.0, gt=0, description="Events older than this are deleted.")
+    events_max_mb: int = Field(256, ge=1, description="Beyond this size of all events the oldest are deleted.")
     event_log: Path | None = Field(None, description="File that takes every event of the core, to replay decisions.")
 
     @field_validator("policy")

@@ -223,10 +223,11 @@ class MigrateReply(Message):
 
 
 class MovingReply(Message):
-    """Whether the planning of moves is paused."""
+    """Whether the planning of moves is paused. Not `kept`: schedulers started later may not know of it."""
 
     kind: Literal["moving_reply"] = "moving_reply"
     paused: bool
+    kept: bool = True
 
 
 class Happening(Message):

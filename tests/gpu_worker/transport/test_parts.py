@@ -171,7 +171,7 @@ class Request:
 async def test_the_driver_sleeps_until_something_happens() -> None:
     """With nothing to do the driver calls nothing but its slow tick; an event makes it progress until nothing moves."""
     worker = Worker()
-    driver = ProgressDriver(worker, OSError)
+    driver = ProgressDriver(worker, OSError, tick_s=3600)
     await eventually(lambda: worker.armed == 1)
     calls = worker.progressed
     await asyncio.sleep(0.1)

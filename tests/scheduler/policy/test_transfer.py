@@ -174,11 +174,22 @@ def test_no_budget_is_ever_exceeded(
 
 def test_rates_follow_what_is_seen() -> None:
     """A boundary drifts towards observed rates and says what fits into a time."""
-    rate = RateEstimate(1_000.0, weight=0.5)
-    rate.observe(amount=3_000, took_us=SECOND_US)
-    assert rate.budget(SECOND_US // 2) == 1_000
-    rate.observe(amount=0, took_us=5)
-    assert rate.per_s == 2_000.0
+    rate = RateEstimate(1_000.0, 10_000.0, weight=0.5)
+    rate.observe(amount=3_000, took_us=SECOND_US, now_us=SECOND_US)
+    assert rate.budget(SECOND_US // 2, SECOND_US) == 1_000
+    rate.observe(amount=0, took_us=5, now_us=2 * SECOND_US)
+    assert (rate.per_s, rate.seen_us) == (2_000.0, SECOND_US)
+
+
+def test_a_rate_that_looked_slow_is_tried_again_after_a_while() -> None:
+    """Twice as much each minute without news, up to its ceiling; what is above that stays; one look ends the trust."""
+    minute_us = 60 * SECOND_US
+    rate = RateEstimate(10.0, 100.0, seen_us=SECOND_US, least=50)
+    ages_us = (0, minute_us - 1, minute_us, 3 * minute_us, 4 * minute_us, 10**6 * minute_us)
+    assert [rate.budget(SECOND_US, SECOND_US + age_us) for age_us in ages_us] == [10, 10, 20, 80, 100, 100]
+    rate.observe(amount=50, took_us=5 * SECOND_US, now_us=5 * minute_us)
+    assert rate.budget(SECOND_US, 5 * minute_us + 1) == 10
+    assert RateEstimate(500.0, 100.0).budget(SECOND_US, 10 * minute_us) == 500
 
 
 def test_prefill_rate_depends_on_the_batch() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 
-from mell_console.get import GetError, call_json
+from mell_console.get import GetError, call_json, read_events
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -19,6 +19,8 @@ DONE, FAILED, NOT_YET = 0, 1, 3
 
 _WIDE = 200
 _ANSWER_S = 10.0
+_SILENCE_S = 20.0
+"""A stream of events says something every five seconds, if only that there is nothing new."""
 
 
 class AdminError(Exception):
@@ -40,16 +42,33 @@ class Frontend:
         """Send an order that may take `wait_s`; raises `AdminError`."""
         return self._call("POST", path, body, adapter, _ANSWER_S + wait_s)
 
-    def _call(
-        self, method: str, path: str, body: dict[str, Any] | None, adapter: TypeAdapter[M], timeout_s: float
-    ) -> M:
-        url = f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
+    def stream(self, path: str, model: type[M]) -> Iterator[tuple[str, M]]:
+        """Yield the id and content of the events at a path, as they come; raises `AdminError`."""
         try:
-            return adapter.validate_python(call_json(method, url, self.admin_key, body, timeout_s))
+            for position, data in read_events(self._url(path), self.admin_key, _SILENCE_S):
+                if data.startswith('{"error"'):
+                    raise AdminError(json.loads(data)["error"]["message"])
+                yield position, model.model_validate_json(data)
         except GetError as error:
             raise AdminError(_advice(error)) from error
         except ValidationError as error:
-            raise AdminError(f"{self.url} answers, but not as a Mell frontend does; use --url") from error
+            raise AdminError(self._stranger()) from error
+
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, adapter: TypeAdapter[M], timeout_s: float
+    ) -> M:
+        try:
+            return adapter.validate_python(call_json(method, self._url(path), self.admin_key, body, timeout_s))
+        except GetError as error:
+            raise AdminError(_advice(error)) from error
+        except ValidationError as error:
+            raise AdminError(self._stranger()) from error
+
+    def _url(self, path: str) -> str:
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/admin/{path}"
+
+    def _stranger(self) -> str:
+        return f"{self.url} answers, but not as a Mell frontend does; use --url"
 
 
 def _advice(error: GetError) -> str:

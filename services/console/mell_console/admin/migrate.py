@@ -70,4 +70,6 @@ def pause(frontend: Frontend, *, paused: bool, as_json: bool) -> int:
     else:
         told = "no moves are planned until: mell moves resume" if reply.paused else "moves are planned again"
         sys.stdout.write(f"{told}\n")
+        if not reply.kept:
+            sys.stdout.write("the broker did not keep this: say it again should the schedulers be restarted\n")
     return DONE

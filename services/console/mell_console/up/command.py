@@ -43,11 +43,14 @@ def _plan(settings: UpSettings) -> StackPlan:
     models = settings.model or [FAKE_MODEL if settings.engine == "fake" else DEFAULT_MODEL]
     if settings.scales and len(models) > 1:
         raise PlanError(f"--workers {settings.workers} is for one model, but there are {len(models)}: give a number")
+    if settings.scales and settings.engine == "vllm":
+        raise PlanError(f"--workers {settings.workers}: vLLM servers run already, each with its worker; give a number")
     wish = Wish(
         models=tuple(models),
-        workers=settings.most_workers,
+        workers=len(settings.vllm_url) or settings.most_workers,
         engine=settings.engine,
         served_names=tuple(settings.served_model_name),
+        vllm_urls=tuple(settings.vllm_url),
         devices=settings.devices,
         memory_share=settings.memory_share,
     )

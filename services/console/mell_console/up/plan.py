@@ -26,8 +26,9 @@ class Wish:
 
     models: tuple[str, ...]
     workers: int
-    engine: Literal["torch", "fake"]
+    engine: Literal["torch", "fake", "vllm"]
     served_names: tuple[str, ...] = ()
+    vllm_urls: tuple[str, ...] = ()
     devices: str = "auto"
     memory_share: float = 0.0
 
@@ -42,6 +43,8 @@ class WorkerPlan:
     threads: int
     memory_share: float
     gpu: Gpu | None = None
+    vllm_url: str = ""
+    """Of the server behind it, if its engine is one."""
 
 
 def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
@@ -49,8 +52,8 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
 
     Raises `PlanError`.
     """
-    _check_names(wish)
     _check_engine(wish)
+    _check_names(wish)
     gpus = _choose_gpus(machine, wish)
     on_same = Counter(gpus[worker % len(gpus)].index if gpus else -1 for worker in range(wish.workers))
     share = wish.memory_share or (CUDA_MEMORY_SHARE if gpus else CPU_MEMORY_SHARE)
@@ -66,6 +69,7 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
                 threads=max(1, machine.cores // wish.workers),
                 memory_share=share / on_same[gpu.index if gpu else -1],
                 gpu=gpu,
+                vllm_url=wish.vllm_urls[worker] if wish.vllm_urls else "",
             )
         )
     return tuple(parts)
@@ -75,6 +79,10 @@ def _check_engine(wish: Wish) -> None:
     """Raise `PlanError` if the engine does not run a model: it has not been started yet, so nothing is lost."""
     if wish.engine == "torch" and FAKE_MODEL in wish.models:
         raise PlanError(f"the model {FAKE_MODEL!r} has no weights: use --engine fake")
+    if wish.engine == "vllm" and not wish.vllm_urls:
+        raise PlanError("--engine vllm stands before servers that run already: name each with --vllm-url")
+    if wish.engine != "vllm" and wish.vllm_urls:
+        raise PlanError(f"--vllm-url is for --engine vllm, not for {wish.engine}")
     others = [model for model in wish.models if model != FAKE_MODEL]
     if wish.engine == "fake" and others:
         raise PlanError(
@@ -98,7 +106,7 @@ def _check_names(wish: Wish) -> None:
 
 
 def _choose_gpus(machine: Machine, wish: Wish) -> tuple[Gpu, ...]:
-    if wish.engine == "fake" or wish.devices == "cpu":
+    if wish.engine != "torch" or wish.devices == "cpu":
         return ()
     if wish.devices == "auto":
         return machine.gpus

@@ -19,7 +19,10 @@ class UpSettings(CommandLineSettings):
 
     model: StringList = Field([], description=f"Model to serve, may be repeated; {DEFAULT_MODEL} if none is named.")
     served_model_name: StringList = Field([], description="Names that clients use instead, one for each --model.")
-    engine: Literal["torch", "fake"] = Field("torch", description="`fake` needs no model: it invents text.")
+    engine: Literal["torch", "fake", "vllm"] = Field(
+        "torch", description="`fake` needs no model: it invents text; `vllm`: servers that run already."
+    )
+    vllm_url: StringList = Field([], description="vLLM servers; each gets a worker, whatever `workers` says.")
     workers: WorkerRange = Field(
         "2", description="GPU workers, models and GPUs dealt out in turn; 1..4: as many of these as are needed."
     )

@@ -49,6 +49,7 @@ class Launch:
         flags += ["--device", "cuda" if plan.gpu else "cpu", "--dtype", settings.dtype, "--threads", str(plan.threads)]
         flags += ["--kv-blocks", str(settings.kv_blocks), "--memory-share", f"{plan.memory_share:.4f}"]
         flags += ["--max-model-len", str(settings.max_model_len), *self._metrics(number)]
+        flags += ["--vllm-url", plan.vllm_url] if plan.vllm_url else []
         devices = plan.gpu.uuid if plan.gpu else ""
         threads = {name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         return self._spec(plan.name, "mell_gpu_worker", flags, {"CUDA_VISIBLE_DEVICES": devices, **threads})

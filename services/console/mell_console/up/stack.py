@@ -31,16 +31,18 @@ _PULL_STOP_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """What to start: settings, workers, the chosen port, the folder of this run, this process's environment.
-
-    Of the workers the first `settings.least_workers` are started at once.
-    """
+    """What to start: settings, workers, the chosen port, the folder of this run, this process's environment."""
 
     settings: UpSettings
     workers: tuple[WorkerPlan, ...]
     port: int
     folder: Path
     environment: Mapping[str, str]
+
+    @property
+    def first_workers(self) -> tuple[WorkerPlan, ...]:
+        """Those that are started at once; the others only when they are needed."""
+        return self.workers[: self.settings.least_workers] if self.settings.scales else self.workers
 
     @property
     def url(self) -> str:
@@ -77,7 +79,7 @@ class Stack:
         launch = self._launch = Launch(
             self._plan.settings, sys.executable, self._plan.environment, await self._find_broker(), self._plan.port
         )
-        first = self._plan.workers[: self._plan.settings.least_workers]
+        first = self._plan.first_workers
         scheduler = self._service(launch.scheduler(), "scheduler")
         scheduler_ready = asyncio.create_task(self._await_ready(scheduler, "scheduler", deadline_s))
         try:

@@ -1,7 +1,8 @@
 """Whether a submission can ever run here: everything that does not depend on what else runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mell_gpu_worker.core.capabilities import Capabilities
 from mell_shared.messages.base import PROTOCOL_VERSION
 from mell_shared.messages.scheduler import WorkerSpec
 from mell_shared.messages.worker import Submit, SubmitRefused
@@ -16,6 +17,7 @@ class AdmissionRules:
 
     spec: WorkerSpec
     vocab_size: int
+    can: Capabilities = field(default_factory=Capabilities)
 
     def refusal(self, submit: Submit, grammar_fault: str | None) -> SubmitRefused | None:
         """Return why no worker like this one should ever run `submit`, or None."""
@@ -25,7 +27,7 @@ class AdmissionRules:
         if submit.model != self.spec.model:
             text = f"this worker serves {self.spec.model!r}, not {submit.model!r}"
             return SubmitRefused(reason="wrong_model", message=text)
-        fault = self._fault(submit) or grammar_fault
+        fault = self._fault(submit) or self.can.fault(submit.sampling, len(submit.output_ids)) or grammar_fault
         if fault:
             return SubmitRefused(reason="bad_request", message=fault)
         limit = self.spec.max_total_tokens

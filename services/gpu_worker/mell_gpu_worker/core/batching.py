@@ -23,6 +23,7 @@ from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
 from mell_shared.messages.sampling import FinishReason
 
 _ORDER = attrgetter("order")
+_UNBOUNDED = 1 << 62
 
 
 class Progress(NamedTuple):
@@ -36,7 +37,15 @@ class Progress(NamedTuple):
 class Batcher:
     """The running and the preempted sequences over one pool. `root`: parent digest of first blocks."""
 
-    def __init__(self, pool: BlockPool, root: bytes, *, max_step_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        root: bytes,
+        *,
+        max_step_tokens: int,
+        max_sequences: int,
+        chunked_prefill: bool = True,
+    ) -> None:
         assert max_step_tokens >= max_sequences, "every running sequence must be able to decode in one step"
         self.pool = pool
         self.loans = Loans(pool)
@@ -47,11 +56,18 @@ class Batcher:
         self.newcomers: list[Sequence] = []
         """Moved here and running, without a token made here so far."""
         self.preemptions = 0
+        self.withheld_blocks = 0
+        """Of those that seem free, how many nothing new may have: somebody else holds them."""
+        self.prefix_queried_tokens = 0
+        """Of new sequences, looked for in the prefix cache."""
+        self.prefix_hit_tokens = 0
+        """Of these, found there."""
         self.decodes_only = True
         """Whether the step planned last has no prefill in it."""
         self._root = root
         self.max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
+        self._chunked_prefill = chunked_prefill
         self._step: list[tuple[Sequence, int]] = []
         self._ended_in_step: list[list[int]] = []
         self._sitting_out = 0
@@ -66,8 +82,10 @@ class Batcher:
 
     def admit(self, sequence: Sequence) -> bool:
         """Run `sequence` if its tokens and one more fit now and nobody preempted waits; else change nothing."""
-        if self._full or self.waiting or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=0):
+        tokens = len(sequence.token_ids) + 1
+        if self._full or self.waiting or not self._place(sequence, tokens, spare_blocks=self.withheld_blocks):
             return False
+        self._count_prefix(sequence)
         insort(self.running, sequence, key=_ORDER)
         return True
 
@@ -78,7 +96,8 @@ class Batcher:
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Hold blocks for `tokens` tokens of a sequence that may move here, if they fit now; else change nothing."""
         # A block of growth for each that runs, else the reservation would soon be dropped again.
-        if self._full or self.waiting or not self._place(sequence, tokens, spare_blocks=len(self.running)):
+        spare_blocks = len(self.running) + self.withheld_blocks
+        if self._full or self.waiting or not self._place(sequence, tokens, spare_blocks):
             return False
         sequence.phase = Phase.ARRIVING
         self.arriving.append(sequence)
@@ -141,12 +160,19 @@ class Batcher:
         if not sequence.started:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
 
+    def _count_prefix(self, sequence: Sequence) -> None:
+        """Count what the cache was asked for, once for each sequence."""
+        if self.pool.prefix_cache and not sequence.started:
+            self.prefix_queried_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += sequence.computed
+
     def _resume_waiting(self) -> None:
         # One that stands still is about to go on elsewhere.
         for sequence in [row for row in self.waiting if not row.halted]:
             # A block of growth for each that runs, else it would soon be preempted again.
             if self._full or not self._place(sequence, len(sequence.token_ids) + 1, spare_blocks=len(self.running)):
                 return
+            self._count_prefix(sequence)
             self.waiting.remove(sequence)
             sequence.phase = Phase.RUNNING
             insort(self.running, sequence, key=_ORDER)
@@ -170,8 +196,10 @@ class Batcher:
         self._sitting_out = 0
         rows = list(self._decode_rows())
         budget_tokens = self.max_step_tokens - len(rows)
-        prefills = list(self._prefill_rows(budget_tokens))
-        prefills += self._arriving_rows(budget_tokens - sum(row.count for row in prefills))
+        prefills = list(self._prefill_rows(budget_tokens if self._chunked_prefill else _UNBOUNDED))
+        if self._chunked_prefill:
+            budget_tokens -= sum(row.count for row in prefills)
+        prefills += self._arriving_rows(budget_tokens)
         self.decodes_only = not prefills
         return rows + prefills
 
@@ -265,20 +293,25 @@ class Batcher:
             self.pool.release(table)
         self._ended_in_step.clear()
         return [
-            self._advance(sequence, count, result.sampled[row], failed=row in result.failed)
+            self._advance(
+                sequence, count, result.sampled[row], "error" if row in result.failed else result.ended.get(row)
+            )
             for row, (sequence, count) in enumerate(step)
-            if sequence.phase is not Phase.ENDED
+            if sequence.phase is not Phase.ENDED and row not in result.pending
         ]
 
-    def _advance(self, sequence: Sequence, count: int, sampled: SampledToken | None, *, failed: bool) -> Progress:
+    def _advance(
+        self, sequence: Sequence, count: int, sampled: SampledToken | None, verdict: FinishReason | None
+    ) -> Progress:
+        """Take in a row's outcome; `verdict` is why the engine ends its sequence, if it does."""
         if sequence.computed % self.pool.block_tokens + count >= self.pool.block_tokens:
             self._seal(sequence, count)
         sequence.computed += count
-        end: FinishReason | None = None
-        if failed:
-            sampled, end = None, "error"
+        end = verdict
+        if verdict == "error":
+            sampled = None
         elif sampled is not None:
-            end = sequence.append(sampled)
+            end = sequence.append(sampled) or verdict
             if self.newcomers:
                 self._no_newcomer(sequence)
         if end is not None:

@@ -24,6 +24,11 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """Nobody runs until the next `RunStep`: let an engine with a pace of its own drop what it does for anybody."""
+
+
+@dataclass(frozen=True, slots=True)
 class PublishTokens:
     """Send to a frontend and forget; lost ones are asked for again."""
 
@@ -144,6 +149,7 @@ LinkCommand = OfferKv | OpenLink | SendBlocks | CloseLink
 Command = (
     Reply
     | RunStep
+    | Rest
     | PublishTokens
     | PublishEvent
     | AskStatus

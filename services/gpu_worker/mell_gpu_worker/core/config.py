@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mell_gpu_worker.core.capabilities import Capabilities
 from mell_gpu_worker.core.migration.limits import MoveLimits
 from mell_shared.messages.scheduler import WorkerSpec
 
@@ -20,3 +21,4 @@ class WorkerConfig:
     frontend_silence_us: int
     stop_deadline_us: int
     moves: MoveLimits = field(default_factory=MoveLimits)
+    can: Capabilities = field(default_factory=Capabilities)

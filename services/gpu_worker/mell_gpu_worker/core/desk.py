@@ -26,7 +26,7 @@ class Desk:
         self.closed = False
         self._residents = residents
         self._streams = residents.streams
-        self._rules = AdmissionRules(config.spec, config.vocab_size)
+        self._rules = AdmissionRules(config.spec, config.vocab_size, config.can)
         self._limits = Limits(config.spec.max_total_tokens, frozenset(config.eos_token_ids))
 
     def submit(self, submit: Submit, grammar_fault: str | None, now_us: int) -> Answer:

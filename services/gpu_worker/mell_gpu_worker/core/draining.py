@@ -16,6 +16,8 @@ class Draining:
         self._evictions = evictions
         self._terms = terms
         self._deadline_us: int | None = None
+        self._overdue = False
+        """The deadline has passed: whatever is here still, or comes only now, is given back."""
 
     @property
     def wake_us(self) -> int | None:
@@ -31,14 +33,13 @@ class Draining:
             text = "this worker is about to stop"
             return DrainRefused(reason="stopping", message=text, term=self._terms.highest)
         self.on = isinstance(order, Drain)
-        self._deadline_us = None
+        self._deadline_us, self._overdue = None, False
         if isinstance(order, Drain) and order.deadline_s is not None:
             self._deadline_us = now_us + round(order.deadline_s * 1e6)
         return DrainSet(draining=self.on, sequences=len(self._residents.live))
 
     def proceed(self, now_us: int) -> list[Command]:
-        """Give back what is left, once the deadline has come."""
-        if self._deadline_us is None or now_us < self._deadline_us:
-            return []
-        self._deadline_us = None
-        return self._evictions.give_back(self._residents, now_us)
+        """Give back what is left once the deadline has come, and then what a claim of before still brings here."""
+        if self._deadline_us is not None and now_us >= self._deadline_us:
+            self._deadline_us, self._overdue = None, True
+        return self._evictions.give_back(self._residents, now_us) if self._overdue else []

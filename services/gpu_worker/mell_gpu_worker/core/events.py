@@ -40,6 +40,25 @@ class EngineFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolMeasured:
+    """What an engine whose blocks are estimated says of its memory; it answers, so it is there."""
+
+    blocks: int
+    used_blocks: int
+    waiting: int
+    """Requests that it has no room for."""
+    step_us: int = 0
+    """Mean time from one token of a sequence to the next; 0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAway:
+    """The engine cannot be reached, perhaps for long; the step being computed, if any, will still finish."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StatusAnswered:
     """A frontend's answer to `status`."""
 
@@ -183,6 +202,8 @@ Event = (
     CommandReceived
     | StepFinished
     | EngineFailed
+    | PoolMeasured
+    | EngineAway
     | StatusAnswered
     | StatusUnanswered
     | EvictionAnswered

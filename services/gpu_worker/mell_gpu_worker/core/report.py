@@ -28,11 +28,12 @@ class Reporter:
         everybody = (*batcher.running, *batcher.waiting)
         rows = [row for row in everybody if not row.unclaimed]
         coming = [*batcher.arriving, *(row for row in everybody if row.unclaimed)]
+        free_blocks = max(0, batcher.pool.free_blocks - batcher.withheld_blocks)
         return WorkerReport(
             worker=self._worker,
             number=number,
-            free_blocks=batcher.pool.free_blocks,
-            used_blocks=batcher.pool.used_blocks,
+            free_blocks=free_blocks,
+            used_blocks=batcher.pool.kv_blocks - free_blocks,
             draining=draining,
             step_us=round(self._step_us),
             preemptions=batcher.preemptions,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mell_shared.messages.frontend import TokenLogprobs
-from mell_shared.messages.sampling import SamplingParams
+from mell_shared.messages.sampling import FinishReason, SamplingParams
 
 
 @dataclass(slots=True)
@@ -43,9 +43,13 @@ class StepResult:
     """Outcome of a step: one entry per row, None where nothing was sampled.
 
     `failed` maps a row to the reason why it cannot go on (a grammar without a way on, logits not finite);
-    the other rows are good. `step_us` is the time the step took inside the engine.
+    the other rows are good. `step_us` is the time the step took inside the engine. Only engines with a pace of
+    their own have the other two: `pending` rows are not done, and will be asked for again; `ended` maps a row to why
+    its sequence ends with this step, whether or not a token was sampled.
     """
 
     sampled: tuple[SampledToken | None, ...]
     step_us: int
     failed: dict[int, str] = field(default_factory=dict)
+    pending: frozenset[int] = frozenset()
+    ended: dict[int, FinishReason] = field(default_factory=dict)

@@ -7,15 +7,17 @@ the status sent to each frontend every second brings to light.
 
 from mell_gpu_worker.core.batching import Batcher
 from mell_gpu_worker.core.blocks import BlockPool, root_digest
-from mell_gpu_worker.core.commands import Command, PublishEvent, PublishTokens, Reply, RunStep
+from mell_gpu_worker.core.commands import Command, PublishEvent, PublishTokens, Reply, Rest, RunStep
 from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.desk import Desk
 from mell_gpu_worker.core.draining import Draining
+from mell_gpu_worker.core.estimate import Estimate
 from mell_gpu_worker.core.events import (
     BlocksSent,
     CommandReceived,
     ConnectionLost,
     ConnectionRestored,
+    EngineAway,
     EngineFailed,
     Event,
     EvictionAnswered,
@@ -28,6 +30,7 @@ from mell_gpu_worker.core.events import (
     LinkOpened,
     PeerAnswered,
     PeerUnanswered,
+    PoolMeasured,
     RoundArrived,
     StatusAnswered,
     StatusUnanswered,
@@ -77,7 +80,9 @@ class WorkerCore:
             root_digest(spec.model, spec.kv_layout),
             max_step_tokens=config.max_step_tokens,
             max_sequences=spec.max_sequences,
+            chunked_prefill=config.can.chunked_prefill,
         )
+        self._estimate = Estimate(self.batcher)
         self._residents = Residents(spec.worker, self.batcher, self.streams)
         self._desk = Desk(config, self._residents)
         self._watch = FrontendWatch(self._residents)
@@ -86,6 +91,7 @@ class WorkerCore:
         self._terms = Terms()
         self._drain = Draining(self._residents, self._farewell.evictions, self._terms)
         self._reporter = Reporter(spec.worker)
+        self._resting = True
         self._now_us = self._report_us = now_us
         self._status_us = now_us + config.status_interval_us
 
@@ -97,7 +103,7 @@ class WorkerCore:
     @property
     def draining(self) -> bool:
         """Whether nothing new is taken."""
-        return self._drain.on or self.stage is not Stage.SERVING
+        return self._drain.on or self._estimate.away or self.stage is not Stage.SERVING
 
     @property
     def wake_us(self) -> int:
@@ -132,7 +138,7 @@ class WorkerCore:
                 said = self.moves.take(event, self._now_us)
             case KvOffered() | RoundArrived() | LinkOpened() | BlocksSent() | LinkFailed() | LinkClosed():
                 said = self.moves.take_link(event, self._now_us)
-            case ConnectionLost() | ConnectionRestored() | StopRequested() | EngineFailed():
+            case ConnectionLost() | ConnectionRestored() | StopRequested() | EngineFailed() | EngineAway():
                 said = self._surroundings(event)
             case StepFinished(result):
                 said = self._take_step(result)
@@ -147,11 +153,15 @@ class WorkerCore:
             case EvictionUnanswered(sequence, generation):
                 again = self._farewell.evictions.unanswered(sequence, generation)
                 said = [again] if again else []
+            case PoolMeasured():
+                said = self._take_measure(event)
             case TimePassed():
                 pass
         return said
 
-    def _surroundings(self, event: ConnectionLost | ConnectionRestored | StopRequested | EngineFailed) -> list[Command]:
+    def _surroundings(
+        self, event: ConnectionLost | ConnectionRestored | StopRequested | EngineFailed | EngineAway
+    ) -> list[Command]:
         said: list[Command] = []
         match event:
             case ConnectionLost():
@@ -163,7 +173,27 @@ class WorkerCore:
             case EngineFailed(message):
                 self._close(closed=True)
                 said = self._farewell.fail(message, self._now_us)
+            case EngineAway():
+                said = self._give_all_back()
         return said
+
+    def _give_all_back(self) -> list[Command]:
+        """The engine is away: whatever is here goes on elsewhere, and nothing new is taken until it is back."""
+        if self._estimate.away or self.stage not in (Stage.SERVING, Stage.STOPPING):
+            return []
+        self._estimate.away = True
+        self._close(closed=True)
+        said = self.moves.target.abandon(self._now_us, "its engine is away")
+        said += self._farewell.evictions.give_back(self._residents, self._now_us)
+        return said + self._report(join=False)
+
+    def _take_measure(self, measured: PoolMeasured) -> list[Command]:
+        was_away = self._estimate.away
+        self._estimate.take(measured)
+        if measured.step_us:
+            self._reporter.decode_took(measured.step_us)
+        self._close(closed=self.draining)
+        return self._report(join=False) if was_away else []
 
     def _obey(self, event: CommandReceived) -> list[Command]:
         command = event.command
@@ -209,12 +239,18 @@ class WorkerCore:
         rows = self.batcher.plan()
         # Who had to give way for it is noticed at once, so that blocks still lent come free.
         said = self.moves.proceed(self._now_us)
-        return [*said, RunStep(tuple(rows))] if rows else said
+        if rows:
+            self._resting = False
+            said.append(RunStep(tuple(rows)))
+        elif self.config.can.own_pace and not self._resting:
+            self._resting = True
+            said.append(Rest())
+        return said
 
     def _take_step(self, result: StepResult) -> list[Command]:
         progress = self.batcher.commit(result)
         self._residents.stepped_us = self._now_us
-        if self.batcher.decodes_only:
+        if self.batcher.decodes_only and not self.config.can.own_pace:
             self._reporter.decode_took(result.step_us)
         said: list[Command] = []
         tables: dict[str, TokensTable] = {}

@@ -1,15 +1,21 @@
 """The engine port: what stands behind a worker. The worker's service calls it, from one thread at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
+from mell_gpu_worker.core.capabilities import Capabilities
+from mell_gpu_worker.core.events import PoolMeasured
 from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_shared.messages.base import MigrationMode
 
 
 class EngineError(Exception):
     """The engine cannot serve what was asked; the message names the reason and what to do instead."""
+
+
+class EngineAwayError(Exception):
+    """The engine cannot be reached now, which may pass; the message says what was tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,7 @@ class EngineSpec:
     block_bytes: int
     instant: bool = False
     migration_modes: tuple[MigrationMode, ...] = ("tokens",)
+    can: Capabilities = field(default_factory=Capabilities)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -76,4 +83,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the pool and the weights; safe to repeat."""
+        ...
+
+
+@runtime_checkable
+class PacedEngine(Engine, Protocol):
+    """An engine with a pace and a memory of its own: it goes on with what it was given also between steps.
+
+    For it a step is a look: it returns as soon as some row has something, soon in any case, and says which rows are
+    pending. A sequence that is in no row of a step is wanted no more. `token_ids` of a row is one and the same list
+    for as long as its sequence goes on as it was.
+    """
+
+    def measure(self) -> PoolMeasured:
+        """Say how its memory stands. Raises `EngineAwayError` if it cannot be reached, and has not been for a while.
+
+        Called each second or so, from any thread, also while `execute` runs. Raises `EngineError` as `execute` does.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Drop all that goes on for anybody: nobody runs. Called like `execute`."""
         ...

@@ -12,10 +12,11 @@ class EngineOptions:
     `kv_blocks` 0: as many as `memory_share` of the free memory gives. `max_model_len` 0: the model's context;
     above it: an error. `threads` 0: all cores. `compile` "auto": steps in C++ where there is a compiler and the
     model is known. A step computes at most `max_step_tokens` tokens over at most `max_sequences` rows (for sizing
-    buffers ahead). Fields `fake_*` are the fake engine's latency model.
+    buffers ahead). Fields `fake_*` are the fake engine's latency model; fields `vllm_*` say which server stands for
+    the engine, and how long to wait for it. A step longer than `step_timeout_s` is a failed engine.
     """
 
-    engine: Literal["torch", "fake"]
+    engine: Literal["torch", "fake", "vllm"]
     model: str
     model_dir: Path
     device: str = "auto"
@@ -28,7 +29,14 @@ class EngineOptions:
     max_model_len: int = 0
     max_sequences: int = 256
     max_step_tokens: int = 512
+    step_timeout_s: float = 300.0
     fake_step_us: int = 0
     fake_sequence_us: int = 0
     fake_prefill_token_us: int = 0
     fake_kv_bytes_per_token: int = 8
+    vllm_url: str = "http://127.0.0.1:8001"
+    vllm_model: str = ""
+    vllm_api_key: str = ""
+    vllm_command: str = ""
+    vllm_start_s: float = 600.0
+    vllm_away_s: float = 5.0

@@ -65,16 +65,17 @@ class Pending:
 class ProgressDriver:
     """Progress, arming and completion of one UCX worker in one event loop."""
 
-    def __init__(self, worker: UcxWorker, request_error: type[Exception]) -> None:
+    def __init__(self, worker: UcxWorker, request_error: type[Exception], tick_s: float = _TICK_S) -> None:
         self._worker = worker
         self._request_error = request_error
+        self._tick_s = tick_s
         self._loop = asyncio.get_running_loop()
         self._pending: list[Pending] = []
         self._scheduled = False
         self._closed = False
         self._descriptor = worker.epoll_file_descriptor
         self._loop.add_reader(self._descriptor, self._drive)
-        self._tick = self._loop.call_later(_TICK_S, self._on_tick)
+        self._tick = self._loop.call_later(self._tick_s, self._on_tick)
         self.wake()
 
     @property
@@ -115,7 +116,7 @@ class ProgressDriver:
         del self._worker
 
     def _on_tick(self) -> None:
-        self._tick = self._loop.call_later(_TICK_S, self._on_tick)
+        self._tick = self._loop.call_later(self._tick_s, self._on_tick)
         self._drive()
 
     def _scheduled_drive(self) -> None:

@@ -5,6 +5,7 @@ a third limit, once they have measured it: a slow path between two fast workers.
 """
 
 from collections.abc import Sequence
+from math import inf
 
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.values import CoreSettings
@@ -55,7 +56,8 @@ class Boundaries:
         workers = self._ledger.workers
         if event.worker in workers and event.target in workers:
             lane = lane_between(event.worker, event.target)
-            self._lanes[lane] = RateEstimate(float(event.bytes_per_s), least=_LEAST_BYTES)
+            # Its ends, which count as well, are ceiling enough.
+            self._lanes[lane] = self._estimate(float(event.bytes_per_s), inf, _LEAST_BYTES)
             self._lane_ends[lane] = (event.worker, event.target)
             self._forget_gone()
 
@@ -64,16 +66,16 @@ class Boundaries:
 
         Not `beside_moving`: as if nothing else were under way.
         """
-        limit_us = self._settings.transfer_limit_us
+        limit_us, now_us = self._settings.transfer_limit_us, self._ledger.now_us
         link_bytes: dict[LinkId, int] = {}
         prefill_tokens: dict[str, int] = {}
         for source, target in {(c.move.source, c.move.target): None for c in candidates}:
-            link_bytes[link_out(source)] = self._link(link_out(source), source).budget(limit_us)
-            link_bytes[link_in(target)] = self._link(link_in(target), target).budget(limit_us)
+            link_bytes[link_out(source)] = self._link(link_out(source), source).budget(limit_us, now_us)
+            link_bytes[link_in(target)] = self._link(link_in(target), target).budget(limit_us, now_us)
             lane = lane_between(source, target)
             if lane in self._lanes:
-                link_bytes[lane] = self._lanes[lane].budget(limit_us)
-            prefill_tokens[target] = self._prefill_of(target).budget(limit_us)
+                link_bytes[lane] = self._lanes[lane].budget(limit_us, now_us)
+            prefill_tokens[target] = self._prefill_of(target).budget(limit_us, now_us)
         if beside_moving:
             self._subtract_moving(link_bytes, prefill_tokens)
         return Budgets(
@@ -98,19 +100,20 @@ class Boundaries:
 
     def observe(self, done: MigrationCommitted) -> None:
         """Learn from a move what it really took, as far as it says."""
+        now_us = self._ledger.now_us
         for link, worker in ((link_out(done.source), done.source), (link_in(done.worker), done.worker)):
             if worker in self._ledger.workers:
-                self._link(link, worker).observe(done.copied_bytes, done.copy_us)
+                self._link(link, worker).observe(done.copied_bytes, done.copy_us, now_us)
         lane = self._lanes.get(lane_between(done.source, done.worker))
         if lane is not None:
-            lane.observe(done.copied_bytes, done.copy_us)
-        self._prefill_of(done.worker).observe(done.prefilled_tokens, done.prefill_us)
+            lane.observe(done.copied_bytes, done.copy_us, now_us)
+        self._prefill_of(done.worker).observe(done.prefilled_tokens, done.prefill_us, now_us)
         self._forget_gone()
 
     def _link(self, link: LinkId, worker: str) -> RateEstimate:
         if link not in self._links:
-            said = self._ledger.workers[worker].spec.link_bytes_per_s
-            self._links[link] = RateEstimate(float(said or self._settings.link_bytes_per_s), least=_LEAST_BYTES)
+            said = float(self._ledger.workers[worker].spec.link_bytes_per_s or self._settings.link_bytes_per_s)
+            self._links[link] = self._estimate(said, said, _LEAST_BYTES)
         return self._links[link]
 
     def _prefill_of(self, worker: str) -> RateEstimate:
@@ -121,9 +124,12 @@ class Boundaries:
         if (worker, batch) not in self._prefill:
             # Beside more decodes than were measured it is at most what it was beside the most.
             last = profile.tokens_per_s[-1][1] if profile.tokens_per_s else spec.prefill_tokens_per_s
-            said = profile.rate_at(record.running) or last or self._settings.prefill_tokens_per_s
-            self._prefill[worker, batch] = RateEstimate(float(said), least=_LEAST_TOKENS)
+            said = float(profile.rate_at(record.running) or last or self._settings.prefill_tokens_per_s)
+            self._prefill[worker, batch] = self._estimate(said, said, _LEAST_TOKENS)
         return self._prefill[worker, batch]
+
+    def _estimate(self, per_s: float, ceiling_per_s: float, least: int) -> RateEstimate:
+        return RateEstimate(per_s, ceiling_per_s, self._ledger.now_us, least=least)
 
     def _forget_gone(self) -> None:
         """Keep nothing of workers that are gone; only looked at when much more is kept than there are workers."""

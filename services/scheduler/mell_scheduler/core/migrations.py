@@ -60,7 +60,11 @@ class Migrations:
         division = divide(candidates, self._boundaries.budgets(candidates, block_tokens))
         for move in division.deferred:
             self._defer(self._ledger.sequences[move.item_id])
-        return [self._begin(transfer, now_us) for transfer in division.transfers]
+        return [self._begin(transfer, now_us, self._next_name()) for transfer in division.transfers]
+
+    def _next_name(self) -> str:
+        self._begun += 1
+        return f"{self.term}-{self._begun}"
 
     def _rescues(self) -> list[Move]:
         """What a worker had to stop for want of room goes to where there is some, before whoever runs must move."""
@@ -96,8 +100,13 @@ class Migrations:
             modes=frozenset(mode for mode in Mode if mode.value in modes),
         )
 
-    def order(self, record: SequenceRecord, target: str, mode: Mode | None, now_us: int) -> StartMigration | None:
-        """An operator's move, begun now whatever the boundaries say, and counted in them; None without room there."""
+    def order(
+        self, record: SequenceRecord, target: str, mode: Mode | None, now_us: int, *, name: str
+    ) -> StartMigration | None:
+        """An operator's move, begun now whatever the boundaries say, and counted in them; None without room there.
+
+        A source that knows a move of this `name`, ordered by an earlier leader, goes on with that one.
+        """
         taken_up = self._ledger.take_up(record)
         move = self._policy.order_move(record.sequence, target)
         if move is None:
@@ -106,13 +115,11 @@ class Migrations:
             return None
         candidate = self._candidate(move, record)
         budgets = self._boundaries.budgets([candidate], record.worker.block_tokens, beside_moving=False)
-        return self._begin(directed(candidate, budgets, mode), now_us)
+        return self._begin(directed(candidate, budgets, mode), now_us, name)
 
-    def _begin(self, transfer: Transfer, now_us: int) -> StartMigration:
+    def _begin(self, transfer: Transfer, now_us: int, name: str) -> StartMigration:
         move = transfer.move
         record = self._ledger.sequences[move.item_id]
-        self._begun += 1
-        name = f"{self.term}-{self._begun}"
         deadline_us = now_us + self._settings.migration_timeout_us
         self._ledger.begin(record, Migration(name, record.sequence, transfer, now_us, deadline_us))
         order = Migrate(

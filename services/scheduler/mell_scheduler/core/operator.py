@@ -5,6 +5,7 @@ again under the same name. So the asker needs no patience of ours, and a lost an
 """
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from mell_scheduler.core.drains import Drains
 from mell_scheduler.core.ledger import Ledger
@@ -162,7 +163,7 @@ class Operator:
             return verdict, None
         record = self._ledger.sequences[name]
         mode = None if request.mode == "auto" else Mode(request.mode)
-        order = self._migrations.order(record, target.worker_id, mode, now_us)
+        order = self._migrations.order(record, target.worker_id, mode, now_us, name=_move_name(request.ask, name))
         if order is None:
             return self._judge.no_room(record, target), None
         assert record.migration is not None
@@ -204,6 +205,11 @@ class Operator:
         ask.hold_until_us = now_us + self._settings.queue_hold_us
         ask.forget_us = now_us + _REMEMBER_US
         return [ask.answer()] if ask.settled else []
+
+
+def _move_name(ask: str, sequence: str) -> str:
+    """Name an operator's move so that the next leader, asked the same, gives the order for the very same move."""
+    return f"ask-{blake2b(f'{ask} {sequence}'.encode(), digest_size=12).hexdigest()}"
 
 
 def _refused_as(result: MoveResult) -> AdminRefused:

@@ -15,6 +15,9 @@ from mell_scheduler.policy.base import GpuId, Move
 
 LinkId = str
 
+_DOUBLING_US = 60_000_000
+_MOST_DOUBLINGS = 40
+
 
 class Mode(Enum):
     """How a sequence's state gets to the target."""
@@ -203,22 +206,31 @@ class _Rooms:
 
 @dataclass(slots=True)
 class RateEstimate:
-    """A boundary's rate per second: profiled at start, then an exponential mean of what was seen."""
+    """A boundary's rate per second: profiled at `seen_us`, then an exponential mean of what was seen.
+
+    What looks too slow is not used, so nothing would ever correct it: each minute without news it counts for twice as
+    much, up to `ceiling_per_s`, until a move is tried again and tells.
+    """
 
     per_s: float
+    ceiling_per_s: float
+    seen_us: int = 0
     weight: float = 0.2
     """Of each observation."""
     least: int = 1
     """Smaller amounts say nothing: what they took is latency."""
 
-    def observe(self, amount: int, took_us: int) -> None:
+    def observe(self, amount: int, took_us: int, now_us: int) -> None:
         """A transfer or prefill of `amount` took this long."""
         if took_us > 0 and amount >= self.least:
             self.per_s += self.weight * (amount * 1e6 / took_us - self.per_s)
+            self.seen_us = now_us
 
-    def budget(self, limit_us: int) -> int:
+    def budget(self, limit_us: int, now_us: int) -> int:
         """What fits into a time limit."""
-        return int(self.per_s * limit_us / 1e6)
+        doublings = min((now_us - self.seen_us) // _DOUBLING_US, _MOST_DOUBLINGS)
+        trusted_per_s = max(self.per_s, min(self.per_s * (1 << doublings), self.ceiling_per_s))
+        return int(trusted_per_s * limit_us / 1e6)
 
 
 @dataclass(frozen=True, slots=True)

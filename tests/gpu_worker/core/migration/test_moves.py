@@ -600,6 +600,9 @@ def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFa
     told = source.tell(PeerUnanswered("w2", asked_of_peer(source)[0].message, failure))
     assert [ask.message for ask in only(AskPeer, told)] == [ReleaseKv(migration="m1")]
     assert failures(source) in (["timeout"], ["unreachable"], ["unsupported"])
+    again = source.ask(migrate())
+    assert isinstance(again, MigrateRefused), "whoever leads only now has not heard of the failure"
+    assert [again.reason] == failures(source)
     source.run()
     assert len(source.output()) == 40
 
@@ -945,6 +948,23 @@ def test_a_target_that_stops_keeps_what_is_committed_and_drops_the_rest(moment: 
     cluster.finish()
     assert len(cluster.committed()) + len(cluster.failed()) == 1
     assert bool(cluster.committed()) == (moment in {"Claim", "Granted"})
+
+
+@pytest.mark.parametrize("moment", ["CommitMigration", "Claim", "Granted"])
+def test_what_a_claim_still_brings_to_a_drained_worker_after_the_deadline_is_given_back(moment: str) -> None:
+    """It was under way as the deadline came; it does not stay until it ends."""
+    cluster = Cluster(max_model_len=600, kv_blocks=150)
+    cluster.open("a", LONG, max_tokens=400)
+    cluster.tokens(5)
+    cluster.migrate("a", "w2")
+    at(cluster, moment)
+    target = cluster.nodes["w2"]
+    target.tell(CommandReceived(Drain(term=1, deadline_s=0.0)))
+    cluster.run_until(lambda: not target.core.moves)
+    cluster.tokens(len(cluster.readers["a"].ids) + 20)
+    assert cluster.owner()[0] == "w1"
+    assert not len(target.core.streams)
+    cluster.finish()
 
 
 def test_a_source_at_its_stop_deadline_gives_back_what_is_moving() -> None:

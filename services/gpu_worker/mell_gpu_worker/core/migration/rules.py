@@ -23,7 +23,11 @@ def fault(asked: ReserveKv, config: WorkerConfig, grammar_fault: str | None) -> 
         grammar_fault or "": bool(grammar_fault),
     }
     found = next((message for message, wrong in faults.items() if wrong), None)
-    return _fault_of_ids(asked, config) if found is None else ("unsupported", found)
+    if found is not None:
+        return "unsupported", found
+    # About this sequence only: the next between the same two workers may well move.
+    bound = config.can.fault(asked.sampling, len(asked.output_ids))
+    return _fault_of_ids(asked, config) if bound is None else ("bound", bound)
 
 
 def _fault_of_ids(asked: ReserveKv, config: WorkerConfig) -> tuple[str, str]:

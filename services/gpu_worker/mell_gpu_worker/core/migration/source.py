@@ -46,6 +46,7 @@ from mell_shared.messages.worker import (
     KvReserved,
     Migrate,
     MigrateAccepted,
+    MigrateRefused,
     ReleaseKv,
     ReserveKv,
     WorkerReply,
@@ -81,7 +82,7 @@ class Source:
     # --- orders
 
     def order(self, migrate: Migrate, now_us: int) -> tuple[WorkerReply, list[Command]]:
-        """Begin to move a sequence, or say why not; a repeat gets the first answer."""
+        """Begin to move a sequence, or say why not; a repeat gets the first answer, or hears that it failed."""
         if migrate.migration in self.moving:
             return MigrateAccepted(), []
         past = self._past.reply(migrate.migration, now_us)
@@ -239,9 +240,8 @@ class Source:
         phase = move.standing.phase
         if phase is SourcePhase.OVER:
             return None
-        if not move.sequence.live:
-            return SourceEvent.LOST
-        if move.sequence.phase is Phase.WAITING and phase in _WHOLE and move.needs_blocks:
+        preempted = move.sequence.phase is Phase.WAITING and phase in _WHOLE
+        if not move.sequence.live or (preempted and move.needs_blocks):
             return SourceEvent.LOST
         if phase is SourcePhase.COPYING and self._tail_small(move):
             return SourceEvent.TAIL_SMALL
@@ -317,7 +317,7 @@ class Source:
         said = [command for act in acts for command in self._do(move, act, now_us)]
         if move.standing.phase is SourcePhase.OVER:
             del self.moving[move.migration]
-            self._past.remember(move.migration, MigrateAccepted(), now_us)
+            self._past.remember(move.migration, _looking_back(move, failed=Act.FAIL in acts), now_us)
         return said
 
     def _do(self, move: Outgoing, act: Act, now_us: int) -> list[Command]:
@@ -344,3 +344,8 @@ class Source:
             case _:
                 raise AssertionError(f"a source does not {act}")
         return []
+
+
+def _looking_back(move: Outgoing, *, failed: bool) -> MigrateAccepted | MigrateRefused:
+    """What a repeated order is told of a move that is over: whoever leads only now has not heard why it failed."""
+    return MigrateRefused(reason=move.reason, message=move.message) if failed else MigrateAccepted()

@@ -280,11 +280,11 @@ class Target:
         move.question = None
         return [Reply(question.reply_to, CaughtUp(computed_tokens=sequence.computed))]
 
-    def abandon(self, now_us: int) -> list[Command]:
-        """The worker is about to end: nothing that comes can be run here."""
+    def abandon(self, now_us: int, message: str = "this worker ends") -> list[Command]:
+        """Nothing that comes can be run here any more."""
         said: list[Command] = []
         for move in tuple(self.coming.values()):
-            said += self._apply(move, TargetEvent.LOST, now_us, "stopping", "this worker ends")
+            said += self._apply(move, TargetEvent.LOST, now_us, "stopping", message)
         return said
 
     # --- doing what the table says

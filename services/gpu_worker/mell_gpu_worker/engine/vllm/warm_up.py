@@ -1,0 +1,61 @@
+"""Prefill at a vLLM server: a completion of one token, after which its prefix cache holds the ids."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mell_gpu_worker.engine.vllm.api import warm_up_request
+from mell_gpu_worker.engine.vllm.server import UNREACHABLE, Server
+
+
+@dataclass(slots=True, eq=False)
+class WarmUp:
+    """The first `len(ids)` tokens of a sequence on their way into the cache; `ready` once they are or cannot be."""
+
+    ids: Sequence[int]
+    opened_s: float
+    ready: bool = False
+    task: asyncio.Task[None] | None = None
+    closed: bool = False
+
+    @property
+    def heard_s(self) -> float:
+        """When it was to begin."""
+        return self.opened_s
+
+
+class WarmUps:
+    """Runs them against one server, on one event loop."""
+
+    def __init__(self, server: Server, model: str, told: Callable[[], None], *, useful: bool) -> None:
+        self._server = server
+        self._model = model
+        self._told = told
+        self._useful = useful
+
+    def begin(self, ids: Sequence[int]) -> WarmUp:
+        """Return one that is to be opened on the loop, unless it is ready at once: a server may have no such cache."""
+        return WarmUp(ids, time.monotonic(), ready=not self._useful)
+
+    def open(self, warm_up: WarmUp) -> None:
+        """Begin; to be called on the loop."""
+        if not warm_up.closed and not warm_up.ready:
+            warm_up.task = asyncio.get_running_loop().create_task(self._run(warm_up))
+
+    def close(self, warm_up: WarmUp) -> None:
+        """End, at the server too; to be called on the loop, safe to repeat."""
+        warm_up.closed = True
+        if warm_up.task is not None:
+            warm_up.task.cancel()
+
+    async def _run(self, warm_up: WarmUp) -> None:
+        try:
+            async with self._server.complete(warm_up_request(self._model, warm_up.ids)) as response:
+                await response.read()
+        except UNREACHABLE:
+            # Then the sequence is computed when it runs; nothing is lost but time.
+            pass
+        finally:
+            warm_up.ready = True
+            self._told()
