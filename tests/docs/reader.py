@@ -1,6 +1,7 @@
 """A reader who does what a page says: in a folder that looks like a fresh clone, with `mell` and `python` at hand."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 180.0
 """Only ends a test that has failed."""
 _STOP_S = 30.0
-_PORTS = ("8000", "4222", "9100")
+_PORTS = ("8000", "8001", "4222", "9100")
 """Ports that pages name; each reader has free ones in their place."""
 
 
@@ -97,7 +98,7 @@ class Reader:
 
     def _with_own_ports(self, text: str) -> str:
         for port, own in self._ports.items():
-            text = text.replace(f":{port}", f":{own}").replace(f"port {port}", f"port {own}")
+            text = re.sub(rf"(:|port |-p ){port}\b", rf"\g<1>{own}", text)
         return text
 
     def _make_environment(self, folder: Path) -> dict[str, str]:
