@@ -46,6 +46,7 @@ class ScalerCore:
         self._start_retry = Retry()
         self._again = Retry(limits.start_us, 8 * limits.start_us)
         self._told: set[str] = set()
+        self._taken_names: set[str] = set()
 
     # --- what is seen
 
@@ -57,6 +58,7 @@ class ScalerCore:
             return []
         if blind:
             self._high_us = self._low_us = None
+        self._taken_names = {worker.name for worker in seen.workers}
         here = [worker for worker in seen.workers if worker.state != "silent"]
         if not self._begun:
             self._begun, self.count = True, len(here)
@@ -115,7 +117,7 @@ class ScalerCore:
         self._starting, self._ordered = True, more
         self.count = max(self.count, self._there(here)) + more
         self._high_us, self._changed_us, self._missing_us = None, now_us, now_us
-        names = self._free_names(here, more)
+        names = self._free_names(more)
         return [Tell(f"{why}: starting {', '.join(names)}"), StartWorkers(self.count, names)]
 
     def _ask_again(self, here: list[WorkerSeen], now_us: int) -> list[Command]:
@@ -131,7 +133,7 @@ class ScalerCore:
             return []
         self._again.failed(now_us)
         self._starting, self._ordered = True, 0
-        names = self._free_names(here, missing)
+        names = self._free_names(missing)
         away_s = (now_us - self._missing_us) // 1_000_000
         text = f"{missing} of {self.count} workers not seen for {away_s} s: asking for {', '.join(names)} again"
         return [Tell(text, "error"), StartWorkers(self.count, names)]
@@ -147,8 +149,8 @@ class ScalerCore:
         delay_us = self._start_retry.failed(now_us)
         return [Tell(f"starting failed: {why}; not tried again for {delay_us / 1e6:g} s", "error")]
 
-    def _free_names(self, here: list[WorkerSeen], count: int) -> tuple[str, ...]:
-        taken = {worker.name for worker in here}
+    def _free_names(self, count: int) -> tuple[str, ...]:
+        taken = self._taken_names
         numbers = range(1, len(taken) + count + 1)
         free = [name for name in (f"{self.limits.name}-{number}" for number in numbers) if name not in taken]
         return tuple(free[:count])

@@ -52,8 +52,8 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
 
     Raises `PlanError`.
     """
-    _check_engine(wish)
     _check_names(wish)
+    _check_engine(wish)
     gpus = _choose_gpus(machine, wish)
     on_same = Counter(gpus[worker % len(gpus)].index if gpus else -1 for worker in range(wish.workers))
     share = wish.memory_share or (CUDA_MEMORY_SHARE if gpus else CPU_MEMORY_SHARE)

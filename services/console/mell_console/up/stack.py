@@ -72,6 +72,7 @@ class Stack:
         self._logs: list[LogFile] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._launch: Launch | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Start everything and return when a request would be answered; raises `StartError`."""
@@ -93,14 +94,15 @@ class Stack:
             scheduler_ready.cancel()
         await await_workers(self._plan.url, self._plan.admin_key, len(first), deadline_s)
 
+    def worker_names(self) -> list[str]:
+        """The workers that are there or being started, by name."""
+        return [service.name for service in self._tiers["workers"]]
+
     async def start_worker(self, name: str) -> None:
         """Start one more of the plan's workers and return when it is ready; raises `StartError`."""
         assert self._launch is not None, "the stack has started"
-        if any(service.name == name for service in self._tiers["workers"]):
-            return  # it is there, or is being started again
-        number = next((number for number, part in enumerate(self._plan.workers, 1) if part.name == name), 0)
-        if not number:
-            raise StartError(f"there is no place for {name}: --workers {self._plan.settings.workers}")
+        await asyncio.gather(*self._leaving)  # a name and a port are free only then
+        number = next(number for number, part in enumerate(self._plan.workers, start=1) if part.name == name)
         spec = self._launch.worker(self._plan.workers[number - 1], number)
         try:
             service = self._service(spec, "workers")
@@ -109,22 +111,23 @@ class Stack:
         try:
             await self._await_ready(service, name, time.monotonic() + self._plan.settings.ready_s)
         except StartError:
-            await self._drop(service)
+            await self.stop_worker(name)
             raise
 
     async def stop_worker(self, name: str) -> None:
         """Stop one worker for good; one that is not there is stopped already."""
         for service in [service for service in self._tiers["workers"] if service.name == name]:
-            await self._drop(service)
-
-    async def _drop(self, service: Service) -> None:
-        await service.stop(self._plan.settings.stop_s)
-        self._tiers["workers"].remove(service)
+            self._tiers["workers"].remove(service)
+            leaving = asyncio.create_task(service.stop(self._plan.settings.stop_s))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)  # it goes on to its end though nobody waits for it any more
 
     async def stop(self) -> None:
         """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""
         for tier in self._tiers.values():
             await asyncio.gather(*(service.stop(self._plan.settings.stop_s) for service in tier))
+        await asyncio.gather(*self._leaving)
         if self._broker is not None:
             self._broker.stop()
         await asyncio.gather(*self._tasks)
