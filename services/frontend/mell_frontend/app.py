@@ -46,10 +46,12 @@ from mell_frontend.schema.base import ApiModel
 from mell_frontend.served import ServedModel
 from mell_frontend.settings import FrontendSettings
 from mell_frontend.telling import RequestTeller
+from mell_frontend.tracing import RequestTrace
 from mell_frontend.vllm_metrics import VllmMetrics
 from mell_shared.clock import Clock, SystemClock
 from mell_shared.events.outbox import nowhere
 from mell_shared.ids import request_id
+from mell_shared.tracing import NO_TRACER, Tracer
 
 R = TypeVar("R", bound=ApiModel)
 T = TypeVar("T")
@@ -79,6 +81,7 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     *,
     teller: RequestTeller | None = None,
     feed: EventFeed | None = None,
+    tracer: Tracer = NO_TRACER,
 ) -> App:
     """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`.
 
@@ -89,7 +92,8 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
     as_vllm = VllmMetrics(registry, [model.name for model in models])
-    api = _Api(settings, models, clock, Responder(gateway, clock, as_vllm), teller or RequestTeller(nowhere))
+    responder = Responder(gateway, clock, as_vllm)
+    api = _Api(settings, models, clock, responder, teller=teller or RequestTeller(nowhere), tracer=tracer)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
@@ -114,19 +118,22 @@ def create_app(  # noqa: PLR0913 - what an app is made of
 class _Api:
     """The endpoints that need models or the gateway."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what they serve with, and whom they tell
         self,
         settings: FrontendSettings,
         models: Sequence[ServedModel],
         clock: Clock,
         responder: Responder,
+        *,
         teller: RequestTeller,
+        tracer: Tracer,
     ) -> None:
         self._settings = settings
         self._models = {model.name: model for model in models}
         self._clock = clock
         self._responder = responder
         self._teller = teller
+        self._tracer = tracer
         self._created = int(time.time())
 
     def add_routes(self, site: FastAPI) -> None:
@@ -177,10 +184,14 @@ class _Api:
         allowance: Allowance = request.scope["state"]["allowance"]
         allowance.reserve(job.most_tokens)
         self._teller.arrived(record, sum(map(len, job.prompts)))
+        clients = request.headers.get("traceparent", "") if self._tracer.on else ""
+        trace = RequestTrace(self._tracer, record, clients, self._clock.now_us())
 
         def ended() -> None:
             allowance.settle(record.used_tokens)
-            self._teller.ended(record, self._clock.now_us())
+            now_us = self._clock.now_us()
+            self._teller.ended(record, now_us)
+            trace.end(record, now_us)
 
         return _Answer(respond, record, ended, self._settings.write_timeout_s)
 

@@ -38,6 +38,8 @@ class SequenceRequest:
     priority: int = 0
     request_id: str = ""
     """What the client and the log call the request it is a choice of."""
+    traceparent: str = ""
+    """The trace that it belongs to, if it is traced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from mell_frontend.answer import Head, StreamedAnswer, Usage, WholeAnswer
 from mell_frontend.choice import ChoiceText, Piece
 from mell_frontend.errors import ApiError, from_generation
 from mell_frontend.exchange import Exchange
-from mell_frontend.generation import Gateway, GenerationError, Waiting
+from mell_frontend.generation import Gateway, GenerationError, SequenceRequest, Waiting
 from mell_frontend.prepare import Job
 from mell_frontend.reading import Reader, StreamEvent, open_streams
 from mell_frontend.record import RequestRecord
@@ -25,7 +25,7 @@ class Responder:
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
-        async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
+        async with open_streams(self._gateway, _sequences(job, head, exchange.record)) as reader:
             run = self._run(job, reader, exchange.record)
             try:
                 while run.open_choices:
@@ -44,7 +44,7 @@ class Responder:
 
     async def whole(self, job: Job, head: Head, answer: WholeAnswer, exchange: Exchange) -> None:
         """Answer with one JSON body."""
-        async with open_streams(self._gateway, job.sequences(head.id, exchange.record.request_id)) as reader:
+        async with open_streams(self._gateway, _sequences(job, head, exchange.record)) as reader:
             run = self._run(job, reader, exchange.record)
             try:
                 while run.open_choices:
@@ -59,6 +59,10 @@ class Responder:
 
     def _run(self, job: Job, reader: Reader, record: RequestRecord) -> "_Run":
         return _Run(job, reader, record, self._clock, self._metrics.meter(job.model.name))
+
+
+def _sequences(job: Job, head: Head, record: RequestRecord) -> list[SequenceRequest]:
+    return job.sequences(head.id, record.request_id, record.traceparent)
 
 
 async def _send_error(exchange: Exchange, error: ApiError) -> None:

@@ -42,6 +42,7 @@ from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
+from mell_scheduler.tracing import SchedulerTraces
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
@@ -62,6 +63,7 @@ from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
 from mell_shared.subjects import Subjects
+from mell_shared.tracing import NO_TRACER, Tracer
 
 _NOT_LEADER = AdminRefused(reason="not_leader", message="this scheduler does not lead: ask again in a moment")
 _UNREADABLE = AdminRefused(reason="invalid", message="the scheduler cannot read this: is it of another release?")
@@ -105,6 +107,7 @@ class SchedulerService:
         process: str,
         clock: Clock,
         emit: Emit = nowhere,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._bus = bus
         self._settings = settings
@@ -117,6 +120,7 @@ class SchedulerService:
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
+        self._traces = SchedulerTraces(tracer)
         self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
@@ -219,6 +223,7 @@ class SchedulerService:
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
+        self._traces.asked(event)
         before_ns, plan_us = time.perf_counter_ns(), core.ledger.plan_us
         commands = core.handle(event, now_us)
         took_s = (time.perf_counter_ns() - before_ns) / 1e9
@@ -252,6 +257,7 @@ class SchedulerService:
             await self._stop_listening()
             self.herald.end()
             self._packing.forget()
+            self._traces.ended()
             self._core = None
         elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
             self._actor.spawn(self._keep_on_pausing())
@@ -284,6 +290,7 @@ class SchedulerService:
         match command:
             case Reply():
                 self._count(command.reply)
+                self._traces.answered(command)
                 self._log_decision(command, cause)
                 await self._send(command.handle, command.reply)
             case AskReport():
@@ -311,7 +318,8 @@ class SchedulerService:
     def _start_migration(self, command: StartMigration) -> None:
         """Ask the source beside all else; what becomes of it comes back as an event."""
         self._tally.moves_begun += 1
-        order = command.order.model_dump(exclude={"kind"})
+        command = self._traces.ordered(command)
+        order = command.order.model_dump(exclude={"kind", "traceparent"})
         self._log.info("migration", source=command.source, predicted_us=command.predicted_us, **order)
 
         async def ask() -> None:
@@ -336,6 +344,7 @@ class SchedulerService:
     def _note_settled(self, command: MigrationSettled) -> None:
         self._tally.settled(command, self._clock.now_us())
         self._move_metrics.settled(command)
+        self._traces.settled(command)
         self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:
@@ -351,7 +360,7 @@ class SchedulerService:
         fields = command.reply.model_dump(exclude_none=True)
         asked = {}
         if isinstance(cause, PlaceRequested) and cause.request.sequence == command.sequence:
-            asked = cause.request.model_dump(exclude={"kind", "sequence"})
+            asked = cause.request.model_dump(exclude={"kind", "sequence", "traceparent"})
         self._log.debug("decision", cause=type(cause).__name__, sequence=command.sequence, **fields, **asked)
 
     async def _send(self, subject: str, message: Message) -> None:

@@ -37,6 +37,8 @@ class PlaceRequest(Message):
     excluded: tuple[Id, ...] = ()
     request_id: Label = ""
     """What the client and the frontend's log call the request (`x-request-id`)."""
+    traceparent: Label = ""
+    """The trace that it belongs to (W3C), if it is traced."""
 
 
 class Placed(Message):
