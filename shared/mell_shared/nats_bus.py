@@ -55,13 +55,13 @@ class _Transport(TcpTransport):
 
     def write(self, payload: bytes) -> None:
         try:
-            super().write(payload)
+            super().write(payload)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConnectionResetError(str(error)) from error
 
     def writelines(self, payload: list[bytes]) -> None:
         try:
-            super().writelines(payload)
+            super().writelines(payload)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConnectionResetError(str(error)) from error
 

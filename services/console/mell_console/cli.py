@@ -106,6 +106,12 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(load("mell_console.bench.command", "console").main(context.args))
 
 
+@app.command(context_settings=_PASSED_ON)
+def scaler(context: typer.Context) -> None:
+    """Start and stop workers by a command, as many as the scheduler wants. `--help` shows the settings."""
+    raise typer.Exit(load("mell_console.scaler.command", "console").main(context.args))
+
+
 @app.command()
 def status(
     url: Url = _URL,

@@ -425,6 +425,7 @@ class SchedulerService:
             migrated=self._tally.moves_settled["committed"],
             migrations_failed=self._tally.moves_settled["failed"] + self._tally.moves_settled["timeout"],
             models=tuple(ModelStatus(model=name, gpus_wanted=gpus) for name, gpus in core.scaling.wanted.items()),
+            settled=now_us >= core.heard_all_us,
             moves_paused=core.moves_paused,
             moves=move_statuses(core, now_us),
             recent_moves=tuple(outcome_status(move, now_us - at_us) for at_us, move in self._tally.recent_moves),

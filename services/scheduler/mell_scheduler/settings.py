@@ -7,7 +7,15 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mell_scheduler.core import CoreSettings
-from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, UNMOVED_NAMES, Policy, PolicySettings, make_policy
+from mell_scheduler.policy import (
+    DEFAULT_POLICY,
+    POLICY_NAMES,
+    UNMOVED_NAMES,
+    Policy,
+    PolicySettings,
+    check_policy,
+    make_policy,
+)
 from mell_shared.settings import ServiceSettings
 
 TICK_S = 0.1
@@ -22,7 +30,9 @@ class SchedulerSettings(ServiceSettings):
     scheduler_name: str = Field(
         "scheduler", min_length=1, description="Name in status and logs; its id adds a fresh suffix."
     )
-    policy: str = Field(DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}.")
+    policy: str = Field(
+        DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}; or your own, module:class."
+    )
     shadow_policy: str = Field(
         "worst-fit",
         description=f"Policy whose GPU-hours are shown beside those used: {', '.join(UNMOVED_NAMES)}; `none`: none.",
@@ -79,8 +89,7 @@ class SchedulerSettings(ServiceSettings):
     @field_validator("policy")
     @classmethod
     def _policy_is_known(cls, name: str) -> str:
-        if name not in POLICY_NAMES:
-            raise ValueError(f"choose one of {', '.join(POLICY_NAMES)}")
+        check_policy(name)
         return name
 
     @field_validator("shadow_policy")

@@ -201,6 +201,8 @@ class Status(Message):
     migrated: int = 0
     migrations_failed: int = 0
     models: tuple[ModelStatus, ...] = ()
+    settled: bool = True
+    """Not so while a scheduler has just begun to lead and may not know everybody yet."""
     moves_paused: bool = False
     moves: tuple[MoveStatus, ...] = ()
     """Under way."""

@@ -73,9 +73,10 @@ class SchedulerCore:
         self._completions = Completions()
         self._admission = Admission(self.ledger, settings, now_us)
         self._dispatcher = Dispatcher(self.ledger, self.waiting, settings)
-        self._heard_all_us = now_us + 2 * settings.report_interval_us
+        self.heard_all_us = now_us + 2 * settings.report_interval_us
+        """From then on everybody who is there should have been heard."""
         self._now_us = self.ledger.now_us = now_us
-        self.ledger.plan_us = self._heard_all_us  # never before everybody should have been heard
+        self.ledger.plan_us = self.heard_all_us  # never before everybody should have been heard
 
     @property
     def moves_paused(self) -> bool:
@@ -103,7 +104,7 @@ class SchedulerCore:
             case MigrationCommitted() | MigrationFailed() | LaneMeasured():
                 commands = self._heard_of_moving(event)
             case OperatorAsked():
-                heard_all = now_us >= self._heard_all_us
+                heard_all = now_us >= self.heard_all_us
                 commands = self._operator.ask(event.handle, event.request, now_us, heard_all=heard_all)
             case LeadershipTaken():
                 self._migrations.term = event.term
