@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mell_console.bench.settings import BenchSettings
+from mell_console.scaler.settings import ScalerSettings
 from mell_console.up.settings import UpSettings
 from mell_frontend.settings import FrontendSettings
 from mell_gpu_worker.settings import WorkerSettings
@@ -26,6 +27,7 @@ SECTIONS: tuple[tuple[str, str, type[CommandLineSettings]], ...] = (
     ("`mell serve frontend`", "The OpenAI-compatible HTTP service.", FrontendSettings),
     ("`mell serve scheduler`", "Placement.", SchedulerSettings),
     ("`mell serve gpu-worker`", "An engine and its KV memory.", WorkerSettings),
+    ("`mell scaler`", "Starts and stops workers by a command of yours: [scaling](scaling.md).", ScalerSettings),
     ("`mell bench`", "A load generator for any OpenAI-compatible server.", BenchSettings),
 )
 

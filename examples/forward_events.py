@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 
 from nats.aio.msg import Msg
-from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 import nats
@@ -78,7 +77,7 @@ async def forward(url: str, hook: str, name: str, first_pause_s: float) -> None:
         while True:
             try:
                 (message,) = await subscription.fetch(1, timeout=5)
-            except NatsTimeoutError:
+            except TimeoutError:
                 continue  # nothing new
             await deliver(message, hook, first_pause_s)
     finally:

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from nats.aio.msg import Msg
-from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 import nats
@@ -57,7 +56,7 @@ async def messages(url: str, since: datetime | None) -> AsyncIterator[Msg]:
         try:
             for message in await subscription.fetch(100, timeout=5):
                 yield message
-        except NatsTimeoutError:
+        except TimeoutError:
             continue  # nothing new
 
 

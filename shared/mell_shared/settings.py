@@ -145,6 +145,12 @@ class ServiceSettings(CommandLineSettings):
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics and health over HTTP; 0: none.")
     metrics_host: str = Field("127.0.0.1", description="Interface of the metrics port.")
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="Collector that gets OpenTelemetry spans, by OTLP over HTTP, such as http://127.0.0.1:4318; unset: "
+        "that of OTEL_EXPORTER_OTLP_ENDPOINT, else none. Needs the extra `otel`.",
+    )
 
     def broker_access(self, role: Role) -> BrokerAccess:
         """Return how a service in this role shows the broker who it is."""

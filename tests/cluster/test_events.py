@@ -16,19 +16,18 @@ import httpx
 import pytest
 
 from mell_shared.process import death_with_parent
-from tests.cluster.stack import _QUICK, Service, Stack, StreamedChat, eventually, whole_text
+from tests.cluster.stack import Service, Stack, StreamedChat, eventually, whole_text
 from tests.cluster.test_permissions import shipped_access
 
 pytestmark = pytest.mark.connected
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICK = {**_QUICK, "MELL_HEAD_ROOM": "0"}
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A broker with the shipped permissions, a scheduler and two workers."""
-    with Stack(tmp_path_factory.mktemp("events"), QUICK, access=shipped_access()) as stack:
+    with Stack(tmp_path_factory.mktemp("events"), access=shipped_access()) as stack:
         for module, role in (("mell_frontend", "frontend"), ("mell_scheduler", "scheduler")):
             stack.log_in(module, f"{role}:{role}-pw")
         stack.log_in("mell_gpu_worker", "worker:worker-pw")

@@ -2,12 +2,13 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mell_console.up.child import ChildSpec
+from tests.console.up_process import Starter, Up
 
 ProgramMaker = Callable[..., ChildSpec]
 
@@ -29,9 +30,18 @@ def program() -> ProgramMaker:
     return make
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    """Return what starts a `mell up`; whatever is left of it at the end is killed."""
+    started: list[Up] = []
+
+    def begin(*flags: str, **environment: str) -> Up:
+        started.append(Up(tmp_path, *flags, **environment))
+        return started[-1]
+
+    yield begin
+    for up in started:
+        up.process.kill()
+        up.wait()
+        assert up.process.stdout is not None
+        up.process.stdout.close()

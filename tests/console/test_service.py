@@ -15,7 +15,8 @@ from mell_console.up.logfile import LogFile
 from mell_console.up.service import Notice, Service, ServicePorts
 from mell_shared.clock import SystemClock
 from mell_shared.process import StartError
-from tests.console.conftest import ProgramMaker, alive
+from tests.console.conftest import ProgramMaker
+from tests.console.up_process import alive
 
 FOREVER = "say('ready', model='m')\nwhile True: time.sleep(1)\n"
 

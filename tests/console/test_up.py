@@ -1,115 +1,17 @@
 """`mell up` as a real process: what a user sees from the first line to the last, and what is left behind."""
 
 import os
-import queue
-import re
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 
 from mell_shared.nats_server import NatsServer
-from tests.console.conftest import alive
+from tests.console.up_process import WAIT_S, Starter, Up
 
 pytestmark = pytest.mark.connected
-WAIT_S = 60.0
-
-
-class Up:
-    """One running `mell up`, its lines as they come, and every process it ever had."""
-
-    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "mell_console", "up", "--port", "0", *flags]
-        own = {"XDG_STATE_HOME": str(folder), "NO_COLOR": "1", "MELL_ENGINE": "fake", **environment}
-        self.process = subprocess.Popen(
-            command, env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.lines: list[str] = []
-        self.family: dict[int, str] = {}
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def until(self, pattern: str, wait_s: float = WAIT_S) -> re.Match[str]:
-        """Return the first further line that `pattern` is found in."""
-        deadline_s = time.monotonic() + wait_s
-        while (line := self._queue.get(timeout=max(0.01, deadline_s - time.monotonic()))) is not None:
-            if found := re.search(pattern, line):
-                return found
-        raise AssertionError(f"no line with {pattern!r} before the end of: {self.text}")
-
-    def up(self, wait_s: float = WAIT_S) -> str:
-        """Wait until it is up and return its URL."""
-        url = self.until(r"Mell answers at (http://\S+)/v1", wait_s)[1]
-        self.meet()
-        return url
-
-    def meet(self) -> None:
-        """Remember the processes it has now."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            self.family[child.pid] = " ".join(child.cmdline())
-
-    def child(self, words: str) -> int:
-        """Return the process id of the child whose command line holds `words`."""
-        return next(pid for pid, command in self.family.items() if words in command)
-
-    def end(self, number: signal.Signals) -> int:
-        """Send a signal and return the exit code."""
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        """Return the exit code once it has ended and all is read."""
-        code = self.process.wait(WAIT_S)
-        self._reader.join()
-        return code
-
-    def gone(self) -> bool:
-        """Return whether none of its processes is left, waiting for the kernel's signals to arrive."""
-        deadline_s = time.monotonic() + WAIT_S
-        while any(map(alive, self.family)) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        return not any(map(alive, self.family))
-
-    @property
-    def text(self) -> str:
-        """All that it printed so far."""
-        return "\n".join(self.lines)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            self._queue.put(line)
-        self._queue.put(None)
-
-
-Starter = Callable[..., Up]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
-    """Return what starts a `mell up`; whatever is left of it at the end is killed."""
-    started: list[Up] = []
-
-    def begin(*flags: str, **environment: str) -> Up:
-        started.append(Up(tmp_path, *flags, **environment))
-        return started[-1]
-
-    yield begin
-    for up in started:
-        up.process.kill()
-        up.wait()
-        assert up.process.stdout is not None
-        up.process.stdout.close()
 
 
 def chat(url: str, model: str = "fake") -> str:
@@ -225,7 +127,7 @@ def fails(up: Up, words: str) -> None:
     assert len(told) == 1, up.text
     assert words in told[0]
     assert "Traceback" not in up.text
-    assert psutil.Process().children(recursive=True) == []
+    assert up.left() == []
 
 
 def test_a_taken_port_is_one_line(start: Starter) -> None:
@@ -258,3 +160,15 @@ def test_a_service_that_cannot_start_is_one_line_with_its_reason(start: Starter)
 def test_a_plan_that_does_not_fit_is_one_line(start: Starter) -> None:
     """More models than workers is refused before anything starts."""
     fails(start("--model", "a,b,c", "--workers", "2"), "--workers 3")
+
+
+def test_a_range_of_workers_for_several_models_is_one_line(start: Starter) -> None:
+    """One scaler scales one model; nothing is started."""
+    fails(start("--model", "a,b", "--workers", "2..4", "--engine", "torch"), "is for one model, but there are 2")
+
+
+def test_a_range_of_workers_for_servers_that_run_already_is_one_line(start: Starter) -> None:
+    """Each vLLM server has its worker."""
+    fails(
+        start("--workers", "1..2", "--vllm-url", "http://127.0.0.1:1", MELL_ENGINE="vllm"), "vLLM servers run already"
+    )

@@ -471,7 +471,7 @@ def test_a_prompt_over_the_brokers_limit_is_too_large() -> None:
             assert error.kind == "too_large"
             assert error.limit_tokens is not None
             fitting = (1,) * error.limit_tokens
-            stream = cluster.gateway.open(request("fits", prompt=fitting, max_tokens=1))
+            stream = cluster.gateway.open(request("f", prompt=fitting, max_tokens=1))
             assert await read_to_end(stream) == text(fitting, 1)
 
     run_virtually(scenario())

@@ -21,6 +21,7 @@ from mell_gpu_worker.transport.regions import Region
 from mell_shared.memory_bus import MemoryBroker
 from mell_shared.messages.worker import SubmitAccepted
 from mell_shared.testing import VirtualTimeLoop, run_virtually
+from mell_shared.tracing import NO_TRACER
 
 from .core.worlds import submit
 from .streaming import RunningWorker, SmallFrontend, running_worker, worker_settings
@@ -100,11 +101,12 @@ class Fleet:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
         lanes, runner = changes.pop("lanes", NO_LANES), changes.pop("runner", PacedRunner)
+        around = {"lanes": lanes, "tracer": changes.pop("tracer", NO_TRACER)}
         limits = TransportOptions(hello_timeout_s=1.0, **changes.pop("transport", {}))
         transport = self.network.transport(limits, lambda event, fields: self.told.append(event))
         settings = worker_settings(worker_name=name, fake_step_us=0, **changes)
         engine, bus = make_engine(settings.engine_options), self.broker.connect()
-        async with running_worker(bus, engine, loop, settings, runner, transport=transport, lanes=lanes) as worker:
+        async with running_worker(bus, engine, loop, settings, runner, transport=transport, **around) as worker:
             self.workers[name], self.transports[name] = worker, transport
             yield worker
             self.workers.pop(name, None)

@@ -395,6 +395,34 @@ def test_gpus_wanted_are_told_when_they_change() -> None:
     assert [c for c in said if isinstance(c, WantGpus)] == [WantGpus("m", 3)]
 
 
+def test_what_outgrows_the_workers_wants_one_more() -> None:
+    """Nothing waits, but running sequences are about to need more than their worker has, and cannot move."""
+    scene = Packed(modes=())
+    scene.rows["a"] = [("big", 1, 640, 40), ("next", 1, 640, 40)]
+    for _ in range(3):
+        scene.second()
+    assert scene.core.scaling.wanted == {"m": 2}
+    scene.rows["a"] = [("big", 1, 800, 50), ("next", 1, 800, 50)]
+    scene.second()
+    scene.second()
+    assert scene.core.scaling.wanted == {"m": 3}
+    scene.rows = {"a": [("big", 1, 810, 51)], "b": []}
+    for _ in range(3):
+        scene.second()
+    assert scene.core.scaling.wanted == {"m": 1}
+
+
+def test_what_is_leaving_a_full_worker_wants_no_other() -> None:
+    """A move to a worker that is there ends the overload: while it is under way nothing more is wanted."""
+    scene = Packed()
+    scene.rows = {"a": [("big", 1, 1_120, 70), ("next", 1, 320, 20)], "b": [("small", 1, 160, 10)]}
+    for _ in range(3):
+        scene.second()
+    scene.rows["a"] = [("big", 1, 1_216, 76), ("next", 1, 384, 24)]
+    assert orders([command for _ in range(2) for command in scene.second()])
+    assert scene.core.scaling.wanted == {"m": 2}
+
+
 def test_a_worker_with_preempted_sequences_takes_nothing() -> None:
     """It refuses everything while one waits there, so neither arrivals nor moves count on its free blocks."""
     scene = Packed()

@@ -117,6 +117,17 @@ def test_a_worker_is_told_from_joining_to_leaving() -> None:
     assert scene.of_workers() == ["a standby", "a left"]
 
 
+def test_a_worker_that_has_not_reported_yet_is_not_told_silent() -> None:
+    """Nor a stranger that was lost and joins again."""
+    scene = Heard()
+    scene.up("a")
+    assert scene.of_workers() == ["a joined", "a standby"]
+    scene.wait(12)
+    assert scene.of_workers() == ["a silent", "a lost"]
+    scene.up("a")
+    assert scene.of_workers() == ["a joined", "a standby"]
+
+
 def test_a_worker_that_falls_silent_is_told_lost_in_the_end() -> None:
     """Silent after three reports, lost after ten seconds; when it speaks again it is back."""
     scene = Heard()

@@ -115,6 +115,22 @@ def test_the_status_counts_what_was_decided() -> None:
     run_virtually(main())
 
 
+def test_the_status_says_whether_everybody_should_be_known() -> None:
+    """Not so in the first two report intervals of a leader: whoever counts workers waits for it."""
+
+    async def main() -> None:
+        async with staged() as stage:
+            stage.worker("w1")
+            stage.scheduler()
+            await asyncio.sleep(1.5)
+            bus = stage.bus()
+            assert not (await status(bus)).settled
+            await asyncio.sleep(1.0)
+            assert (await status(bus)).settled
+
+    run_virtually(main())
+
+
 @pytest.mark.parametrize(
     ("data", "fault"),
     [(b"\xc1", "malformed"), (b"", "malformed"), (b"\x81\xa4kind\xa5place", "malformed"), (b"x" * 70_000, "oversized")],

@@ -21,16 +21,19 @@ from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
 from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
+from mell_frontend.dashboard_page import PAGES, dashboard
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.event_feed import EventFeed
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.key_store import KeyStore
+from mell_frontend.live import LiveFeed
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.pulse import Pulse
 from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.respond import Responder
@@ -46,10 +49,12 @@ from mell_frontend.schema.base import ApiModel
 from mell_frontend.served import ServedModel
 from mell_frontend.settings import FrontendSettings
 from mell_frontend.telling import RequestTeller
+from mell_frontend.tracing import RequestTrace
 from mell_frontend.vllm_metrics import VllmMetrics
 from mell_shared.clock import Clock, SystemClock
 from mell_shared.events.outbox import nowhere
 from mell_shared.ids import request_id
+from mell_shared.tracing import NO_TRACER, Tracer
 
 R = TypeVar("R", bound=ApiModel)
 T = TypeVar("T")
@@ -79,6 +84,7 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     *,
     teller: RequestTeller | None = None,
     feed: EventFeed | None = None,
+    tracer: Tracer = NO_TRACER,
 ) -> App:
     """Return the ASGI application that serves `models` through `gateway`; its metrics go into `registry`.
 
@@ -89,12 +95,17 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
     as_vllm = VllmMetrics(registry, [model.name for model in models])
-    api = _Api(settings, models, clock, Responder(gateway, clock, as_vllm), teller or RequestTeller(nowhere))
+    pulse = Pulse()
+    responder = Responder(gateway, clock, as_vllm, pulse)
+    api = _Api(settings, models, clock, responder, teller=teller or RequestTeller(nowhere), tracer=tracer)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
-    operations = AdminApi(gateway, clock, feed or EventFeed(None, settings.write_timeout_s)).routes()
+    for path in PAGES:
+        site.add_route(path, dashboard, methods=["GET", "HEAD"], include_in_schema=path == "/dashboard")
+    live = LiveFeed(gateway, clock, pulse, settings.live_interval_s)
+    operations = AdminApi(gateway, clock, feed or EventFeed(None, settings.write_timeout_s), live).routes()
     for operation in operations:
         site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)
@@ -114,19 +125,22 @@ def create_app(  # noqa: PLR0913 - what an app is made of
 class _Api:
     """The endpoints that need models or the gateway."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what they serve with, and whom they tell
         self,
         settings: FrontendSettings,
         models: Sequence[ServedModel],
         clock: Clock,
         responder: Responder,
+        *,
         teller: RequestTeller,
+        tracer: Tracer,
     ) -> None:
         self._settings = settings
         self._models = {model.name: model for model in models}
         self._clock = clock
         self._responder = responder
         self._teller = teller
+        self._tracer = tracer
         self._created = int(time.time())
 
     def add_routes(self, site: FastAPI) -> None:
@@ -177,10 +191,14 @@ class _Api:
         allowance: Allowance = request.scope["state"]["allowance"]
         allowance.reserve(job.most_tokens)
         self._teller.arrived(record, sum(map(len, job.prompts)))
+        clients = request.headers.get("traceparent", "") if self._tracer.on else ""
+        trace = RequestTrace(self._tracer, record, clients, self._clock.now_us())
 
         def ended() -> None:
             allowance.settle(record.used_tokens)
-            self._teller.ended(record, self._clock.now_us())
+            now_us = self._clock.now_us()
+            self._teller.ended(record, now_us)
+            trace.end(record, now_us)
 
         return _Answer(respond, record, ended, self._settings.write_timeout_s)
 

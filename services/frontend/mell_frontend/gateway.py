@@ -36,6 +36,7 @@ from mell_frontend.stream.events import (
     Ticked,
     TokensArrived,
 )
+from mell_frontend.tracing import TracedPeers
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, Delivery
 from mell_shared.clock import Clock
@@ -43,6 +44,7 @@ from mell_shared.codec import InvalidMessageError, decode
 from mell_shared.messages.admin import AdminRefused, AdminReply, AdminRequest, StatusRequest
 from mell_shared.messages.frontend import FRONTEND_CONTROL, TOKENS_GENERATED, ControlInvalid
 from mell_shared.subjects import Subjects
+from mell_shared.tracing import NO_TRACER, Tracer
 
 _TICK_S = 0.05
 _PROBE_S = 1.0
@@ -56,8 +58,15 @@ class BusGateway:
     wait until it is `emptied` or patience ends, then `give_up`, wait again, `stop`.
     """
 
-    def __init__(
-        self, bus: Bus, subjects: Subjects, core: FrontendCore, clock: Clock, timeouts: Timeouts | None = None
+    def __init__(  # noqa: PLR0913 - what it stands on
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        core: FrontendCore,
+        clock: Clock,
+        timeouts: Timeouts | None = None,
+        *,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.messages_invalid = 0
         self._bus = bus
@@ -65,6 +74,7 @@ class BusGateway:
         self._core = core
         self._clock = clock
         self._peers = Peers(bus, subjects, timeouts or Timeouts())
+        self._traced_peers = TracedPeers(self._peers, tracer, self._parent_of)
         self._actor: Actor[Event] = Actor("gateway", self._handle)
         self._streams: dict[str, BufferedStream] = {}
         self._connected = True
@@ -77,6 +87,7 @@ class BusGateway:
     def open(self, request: SequenceRequest) -> BufferedStream:
         """Start to place and run a sequence; problems show at the stream's `next`."""
         stream = BufferedStream(request.sequence, self._close)
+        stream.traceparent = request.traceparent
         if self._draining:
             stream.fail(GenerationError("unavailable", "this frontend is stopping; ask another", retry_after_s=1.0))
         elif not self._actor.post(SequenceOpened(request)):
@@ -98,6 +109,21 @@ class BusGateway:
         if not isinstance(reply, AdminRefused) or reply.reason != "not_leader":
             self._scheduler_heard_us = self._clock.now_us()
         return reply
+
+    @property
+    def name(self) -> str:
+        """The frontend's id."""
+        return self._core.frontend
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._draining
+
+    @property
+    def tokens_accepted(self) -> int:
+        """Tokens taken from workers since the start."""
+        return self._core.stats.tokens_accepted
 
     @property
     def open_streams(self) -> int:
@@ -225,13 +251,17 @@ class BusGateway:
             case AskPlacement(message=message):
                 if message.generation > 1:
                     self._note_placed_again(command)
-                self._answer(self._peers.place(command))
+                self._answer(self._traced_peers.place(command))
             case SubmitSequence():
-                self._answer(self._peers.submit(command))
+                self._answer(self._traced_peers.submit(command))
             case AskResend():
                 self._answer(self._peers.resend(command))
             case CancelSequence():
                 self._answer(self._peers.cancel(command))
+
+    def _parent_of(self, sequence: str) -> str:
+        stream = self._streams.get(sequence)
+        return "" if stream is None else stream.traceparent
 
     def _answer(self, ask: Coroutine[Any, Any, Event]) -> None:
         """Let the ask run beside the mailbox; what becomes of it is an event."""

@@ -45,6 +45,8 @@ class SequenceRequest:
     priority: int = 0
     request_id: str = ""
     """What the client and the log call the request it is a choice of."""
+    traceparent: str = ""
+    """The trace that it belongs to, if it is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,26 @@ class Gateway(Protocol):
     @property
     def ready(self) -> bool:
         """Whether the broker is connected and a scheduler answered lately."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The frontend's id."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken any more."""
+        ...
+
+    @property
+    def open_streams(self) -> int:
+        """How many sequences have neither ended nor been closed."""
+        ...
+
+    @property
+    def tokens_accepted(self) -> int:
+        """Tokens taken from workers since the start."""
         ...
 
     async def admin(self, request: AdminRequest) -> AdminReply:

@@ -48,7 +48,7 @@ class Job:
         """What the request is known to need at most; without an output limit, its prompts."""
         return sum(map(len, self.prompts)) + (self.sampling.max_tokens or 0) * self.choices
 
-    def sequences(self, answer_id: str, request_id: str) -> list[SequenceRequest]:
+    def sequences(self, answer_id: str, request_id: str, traceparent: str = "") -> list[SequenceRequest]:
         """Return one request for each choice, in order; they are named after the answer."""
         return [
             SequenceRequest(
@@ -58,6 +58,7 @@ class Job:
                 sampling=self.sampling.model_copy(update={"choice": choice}) if choice else self.sampling,
                 priority=self.priority,
                 request_id=request_id,
+                traceparent=traceparent,
             )
             for position, prompt in enumerate(self.prompts)
             for choice in range(self.n)

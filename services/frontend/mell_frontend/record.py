@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from mell_shared.tracing import trace_of
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -30,6 +32,8 @@ class RequestRecord:
     unknown_fields: list[str] = field(default_factory=list)
     unknown_count: int = 0
     disconnected: bool = False
+    traceparent: str = ""
+    """Its span, if it is traced."""
 
     @property
     def used_tokens(self) -> int:
@@ -62,6 +66,8 @@ class RequestRecord:
             }
         if self.first_token_us is not None:
             line["ttft_ms"] = _ms(self.first_token_us - self.started_us)
+        if self.traceparent:
+            line["trace_id"] = trace_of(self.traceparent)
         for name in ("key", "queued", "error", "unknown_fields", "disconnected"):
             if getattr(self, name):
                 line[name] = getattr(self, name)

@@ -29,10 +29,13 @@ class BufferedStream:
         "_reader",
         "_token_ids",
         "sequence",
+        "traceparent",
     )
 
     def __init__(self, sequence: str, on_close: Callable[[str], None]) -> None:
         self.sequence = sequence
+        self.traceparent = ""
+        """The span of its request, if it is traced."""
         self._on_close = on_close
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []

@@ -34,6 +34,7 @@ from mell_shared.events.outbox import Outbox, OutboxCollector, nowhere
 from mell_shared.metrics import BusCollector, new_registry, serve_metrics
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_event_store import NatsEventStore
+from mell_shared.otel import open_tracer
 from mell_shared.process import StartError
 from mell_shared.subjects import Subjects
 
@@ -89,14 +90,17 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
     keys = _read_keys(settings)
     with _listen(settings.host, settings.port) as listener:
         models = await asyncio.to_thread(_load_models, settings)
+        tracer = open_tracer(settings.otlp_endpoint, service="frontend", process=frontend)
         bus = await NatsBus.connect(settings.nats_url, name=frontend, access=settings.broker_access("frontend"))
         try:
             core = FrontendCore(frontend, stream_limits(settings))
             timeouts = Timeouts(place_s=settings.place_reply_s, submit_s=settings.submit_reply_s)
-            gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts)
+            gateway = BusGateway(bus, Subjects(settings.subject_prefix), core, SystemClock(), timeouts, tracer=tracer)
             registry = _registry(bus, gateway)
             events = _Events(settings, bus, frontend)
-            app = create_app(settings, gateway, models, registry, keys=keys, teller=events.teller, feed=events.feed)
+            app = create_app(
+                settings, gateway, models, registry, keys=keys, teller=events.teller, feed=events.feed, tracer=tracer
+            )
             names = [model.name for model in models]
             http = _HttpSide(_HttpServer(_http_config(app, settings)), listener, names, keys, events.feed)
             # What libraries and models are made of lives as long as the process: never search it for garbage again.
@@ -107,6 +111,7 @@ async def serve(settings: FrontendSettings, frontend: str, stop: asyncio.Event) 
                 await _run(settings, gateway, bus, http, stop)
         finally:
             await bus.close()
+            await tracer.close()
     structlog.get_logger().info("stopped")
 
 

@@ -27,8 +27,10 @@ from mell_shared.log import configure_logging
 from mell_shared.metrics import BusCollector, new_registry, serve_metrics
 from mell_shared.models import ModelNotFoundError
 from mell_shared.nats_bus import NatsBus
+from mell_shared.otel import open_tracer
 from mell_shared.process import ServiceError, StartError, run_service
 from mell_shared.subjects import Subjects
+from mell_shared.tracing import Tracer
 
 
 def main(arguments: list[str]) -> None:
@@ -57,6 +59,7 @@ def _leave_if_engine_hangs(code: object) -> None:
 
 async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> None:
     """Connect, build the engine, serve until `stop`. Raises `StartError`, `BrokerUnreachableError`, `ServiceError`."""
+    tracer = open_tracer(settings.otlp_endpoint, service="gpu-worker", process=worker)
     thread = EngineThread()
     bus = await NatsBus.connect(settings.nats_url, name=worker, access=settings.broker_access("worker"))
     try:
@@ -65,11 +68,12 @@ async def serve(settings: WorkerSettings, worker: str, stop: asyncio.Event) -> N
             # What libraries made while loading lives as long as the process: never look through it for garbage again.
             gc.collect()
             gc.freeze()
-            await _serve_engine(settings, worker, _Parts(bus, engine, thread), stop)
+            await _serve_engine(settings, worker, _Parts(bus, engine, thread, tracer), stop)
             engine.close()
     finally:
         thread.close()
         await bus.close()
+        await tracer.close()
 
 
 async def _load_engine(settings: WorkerSettings, thread: EngineThread, stop: asyncio.Event) -> Engine | None:
@@ -94,6 +98,7 @@ class _Parts:
     bus: Bus
     engine: Engine
     thread: EngineThread
+    tracer: Tracer
 
 
 async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, stop: asyncio.Event) -> None:
@@ -114,6 +119,7 @@ async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, st
             transport=transport,
             data_counts=counts,
             lanes=LaneOptions(settings.lane_probes, slow_bytes_per_s=settings.slow_lane(engine.spec.device)),
+            tracer=parts.tracer,
         )
         service = WorkerService(config, EngineRunner(engine, parts.thread, settings.step_timeout_s), around)
         await _serve(settings, service, parts.bus, stop)

@@ -1,5 +1,7 @@
 """Questions to frontends and other workers: each ends as an event, an answer or its absence, in bounded time."""
 
+from collections.abc import Callable
+
 import structlog
 
 from mell_gpu_worker.core.commands import AskFrontend, AskPeer, AskStatus, SendEvicted
@@ -25,7 +27,7 @@ from mell_shared.messages.frontend import (
     Refused,
     StreamStatusReply,
 )
-from mell_shared.messages.worker import WORKER_REPLY
+from mell_shared.messages.worker import WORKER_REPLY, PeerCommand
 from mell_shared.subjects import Subjects
 
 FRONTEND_TIMEOUT_S = 1.0
@@ -47,10 +49,14 @@ Answer = (
 class Peers:
     """Asks on a bus; answers that make no sense are counted and logged."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, counts: WorkerCounts) -> None:
+    def __init__(
+        self, bus: Bus, subjects: Subjects, counts: WorkerCounts, outgoing: Callable[[PeerCommand], PeerCommand]
+    ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._counts = counts
+        self._outgoing = outgoing
+        """Adds to a question, on its way, what the core does not know: the trace it belongs to."""
         self._log = structlog.get_logger()
 
     async def ask(self, question: Question) -> Answer:
@@ -68,9 +74,8 @@ class Peers:
     async def _ask_worker(self, command: AskPeer) -> PeerAnswered | PeerUnanswered:
         worker, message = command.worker, command.message
         try:
-            data = await self._bus.request(
-                self._subjects.worker_commands(worker), encode(message), command.timeout_us / 1e6
-            )
+            asked = encode(self._outgoing(message))
+            data = await self._bus.request(self._subjects.worker_commands(worker), asked, command.timeout_us / 1e6)
             return PeerAnswered(worker, message, decode(WORKER_REPLY, data))
         except BusError as error:
             failure = _failure(error)

@@ -42,6 +42,7 @@ from mell_gpu_worker.lanes import Lanes
 from mell_gpu_worker.metrics import MoveMetrics, WorkerCollector, WorkerCounts
 from mell_gpu_worker.peers import Peers, Question
 from mell_gpu_worker.surroundings import Surroundings
+from mell_gpu_worker.tracing import WorkerTraces
 from mell_shared.actor import Actor
 from mell_shared.bus import BusError, Delivery, Subscription
 from mell_shared.codec import InvalidMessageError, decode, encode
@@ -70,7 +71,8 @@ class WorkerService:
         self._clock = around.clock
         self._log = structlog.get_logger()
         self._actor: Actor[Event] = Actor("gpu_worker", self._handle)
-        self._peers = Peers(around.bus, around.subjects, self.counts)
+        self._traces = WorkerTraces(around.tracer, self.core)
+        self._peers = Peers(around.bus, around.subjects, self.counts, self._traces.outgoing)
         self._data_counts = around.data_counts
         self._data: DataPlane | None = None
         self._lanes: Lanes | None = None
@@ -186,7 +188,9 @@ class WorkerService:
     async def _handle(self, event: Event) -> None:
         if isinstance(event, StepFinished):
             self.counts.took_step(event.result)
-        commands = self.core.handle(event, self._clock.now_us())
+        now_us = self._clock.now_us()
+        commands = self.core.handle(event, now_us)
+        self._traces.follow(event, commands, now_us)
         if commands and self._log.is_enabled_for(logging.DEBUG):
             # Kinds only: what they hold are people's texts.
             self._log.debug("handled", cause=_kind(event), commands=[_kind(command) for command in commands])

@@ -10,6 +10,7 @@ from mell_gpu_worker.transport.base import Transport
 from mell_shared.bus import Bus
 from mell_shared.clock import Clock
 from mell_shared.subjects import Subjects
+from mell_shared.tracing import NO_TRACER, Tracer
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None] | None]
 """Runs work beside the caller, as `Actor.spawn`."""
@@ -37,3 +38,4 @@ class Surroundings:
     transport: Transport | None = None
     data_counts: DataCounts = field(default_factory=DataCounts)
     lanes: LaneOptions = LaneOptions()
+    tracer: Tracer = NO_TRACER

@@ -23,6 +23,7 @@ from mell_shared.metrics import BusCollector, add_process_metrics, serve_metrics
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.nats_key_value import NatsKeyValue
+from mell_shared.otel import open_tracer
 from mell_shared.process import run_service
 from mell_shared.subjects import Subjects
 
@@ -37,13 +38,14 @@ def main(arguments: list[str]) -> None:
 
 async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) -> None:
     """Connect, run and disconnect one scheduler; returns when `stop` is set and all is cleaned up."""
+    tracer = open_tracer(settings.otlp_endpoint, service="scheduler", process=process)
     bus = await NatsBus.connect(settings.nats_url, name=process, access=settings.broker_access("scheduler"))
     try:
         clock = SystemClock()
         contest = build_contest(settings, process, bus, clock)
         outbox = build_outbox(settings, process, bus, lambda: service.herald.state())  # noqa: PLW0108 - made below
         emit = nowhere if outbox is None else outbox.emit
-        service = SchedulerService(bus, settings, contest, process=process, clock=clock, emit=emit)
+        service = SchedulerService(bus, settings, contest, process=process, clock=clock, emit=emit, tracer=tracer)
         add_process_metrics(service.registry)
         service.registry.register(BusCollector(bus))
         async with AsyncExitStack() as stack:
@@ -55,6 +57,7 @@ async def serve(settings: SchedulerSettings, process: str, stop: asyncio.Event) 
             await service.run(stop)
     finally:
         await bus.close()
+        await tracer.close()
     structlog.get_logger().info("stopped")
 
 

@@ -132,6 +132,8 @@ class Herald:
         standing = core.ledger.standing(worker)
         if self._told.get(name) == standing:
             return
+        if standing == "silent" and name not in self._told:
+            return  # it has only just joined, and not reported yet
         self._told[name] = standing
         spec = worker.spec
         self._emit(_STANDINGS[standing](worker=name, name=spec.name, model=spec.model))

@@ -31,7 +31,13 @@ from mell_scheduler.core import (
 from mell_scheduler.core.explain import explain
 from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.moves import outcome_status
-from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
+from mell_scheduler.core.status import (
+    MOST_SEQUENCES,
+    live_columns,
+    move_statuses,
+    sequence_statuses,
+    worker_statuses,
+)
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
@@ -42,6 +48,7 @@ from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
 from mell_scheduler.settings import TICK_S, SchedulerSettings
+from mell_scheduler.tracing import SchedulerTraces
 from mell_shared.actor import Actor
 from mell_shared.bus import Bus, BusError, Delivery, Subscription
 from mell_shared.clock import Clock
@@ -52,6 +59,8 @@ from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
     FailureCount,
+    Live,
+    LiveRequest,
     ModelStatus,
     MovingReply,
     MovingRequest,
@@ -62,6 +71,7 @@ from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
 from mell_shared.subjects import Subjects
+from mell_shared.tracing import NO_TRACER, Tracer
 
 _NOT_LEADER = AdminRefused(reason="not_leader", message="this scheduler does not lead: ask again in a moment")
 _UNREADABLE = AdminRefused(reason="invalid", message="the scheduler cannot read this: is it of another release?")
@@ -105,6 +115,7 @@ class SchedulerService:
         process: str,
         clock: Clock,
         emit: Emit = nowhere,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._bus = bus
         self._settings = settings
@@ -117,6 +128,7 @@ class SchedulerService:
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
+        self._traces = SchedulerTraces(tracer)
         self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
@@ -210,6 +222,7 @@ class SchedulerService:
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
+        self._traces.asked(event)
         before_ns, plan_us = time.perf_counter_ns(), core.ledger.plan_us
         commands = core.handle(event, now_us)
         took_s = (time.perf_counter_ns() - before_ns) / 1e9
@@ -229,8 +242,9 @@ class SchedulerService:
         return self._contest.leads() and (self._bus.connected or not isinstance(event, Tick))
 
     def _new_core(self, now_us: int) -> SchedulerCore:
-        policy = make_policy(self._settings.policy, self._settings.policy_settings())
-        return SchedulerCore(policy, self._settings.core_settings(), now_us)
+        settings = self._settings
+        policy = make_policy(settings.policy, settings.policy_settings())
+        return SchedulerCore(policy, settings.core_settings(), now_us, settings.make_shadow())
 
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
@@ -243,6 +257,7 @@ class SchedulerService:
             await self._stop_listening()
             self.herald.end()
             self._packing.forget()
+            self._traces.ended()
             self._core = None
         elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
             self._actor.spawn(self._pause.keep_on())
@@ -275,6 +290,7 @@ class SchedulerService:
         match command:
             case Reply():
                 self._count(command.reply)
+                self._traces.answered(command)
                 self._log_decision(command, cause)
                 await self._send(command.handle, command.reply)
             case AskReport():
@@ -303,7 +319,8 @@ class SchedulerService:
     def _start_migration(self, command: StartMigration) -> None:
         """Ask the source beside all else; what becomes of it comes back as an event."""
         self._tally.moves_begun += 1
-        order = command.order.model_dump(exclude={"kind"})
+        command = self._traces.ordered(command)
+        order = command.order.model_dump(exclude={"kind", "traceparent"})
         self._log.info("migration", source=command.source, predicted_us=command.predicted_us, **order)
 
         async def ask() -> None:
@@ -328,6 +345,7 @@ class SchedulerService:
     def _note_settled(self, command: MigrationSettled) -> None:
         self._tally.settled(command, self._clock.now_us())
         self._move_metrics.settled(command)
+        self._traces.settled(command)
         self._log.info("migration_settled", **asdict(command))
 
     def _count(self, reply: PlaceReply) -> None:
@@ -343,7 +361,7 @@ class SchedulerService:
         fields = command.reply.model_dump(exclude_none=True)
         asked = {}
         if isinstance(cause, PlaceRequested) and cause.request.sequence == command.sequence:
-            asked = cause.request.model_dump(exclude={"kind", "sequence"})
+            asked = cause.request.model_dump(exclude={"kind", "sequence", "traceparent"})
         self._log.debug("decision", cause=type(cause).__name__, sequence=command.sequence, **fields, **asked)
 
     async def _send(self, subject: str, message: Message) -> None:
@@ -364,11 +382,25 @@ class SchedulerService:
             await self._send(delivery.reply_to, _NOT_LEADER)
         elif isinstance(request, StatusRequest):
             await self._send(delivery.reply_to, self._status(core, sequences=request.sequences))
+        elif isinstance(request, LiveRequest):
+            await self._send(delivery.reply_to, self._live(core))
         elif isinstance(request, ExplainRequest):
             await self._send(delivery.reply_to, explain(core, request.request, self._clock.now_us()))
         else:
             self._log.info("operator", **request.model_dump())
             await self._actor.put(OperatorAsked(delivery.reply_to, request))
+
+    def _live(self, core: SchedulerCore) -> Live:
+        known = len(core.ledger.sequences) + len(core.waiting)
+        left_out = {"sequences_left_out": max(0, known - MOST_SEQUENCES)}
+        # What is made here needs no validation, which would take as long as all the rest.
+        return Live.model_construct(
+            status=self._status(core, sequences=False).model_copy(update=left_out),
+            sample_s=self._settings.epoch_s,
+            used_lately=list(core.usage.used_lately),
+            shadow_lately=list(core.usage.shadow_lately),
+            **live_columns(core),
+        )
 
     def _status(self, core: SchedulerCore, *, sequences: bool) -> Status:
         now_us = self._clock.now_us()
@@ -385,6 +417,7 @@ class SchedulerService:
             migrated=self._tally.moves_settled["committed"],
             migrations_failed=self._tally.moves_settled["failed"] + self._tally.moves_settled["timeout"],
             models=tuple(ModelStatus(model=name, gpus_wanted=gpus) for name, gpus in core.scaling.wanted.items()),
+            settled=now_us >= core.heard_all_us,
             moves_paused=core.moves_paused,
             moves=move_statuses(core, now_us),
             recent_moves=tuple(outcome_status(move, now_us - at_us) for at_us, move in self._tally.recent_moves),
@@ -393,6 +426,7 @@ class SchedulerService:
             ),
             sequences=rows[:MOST_SEQUENCES],
             sequences_left_out=max(0, len(rows) - MOST_SEQUENCES),
+            gpu_use=core.usage.told(now_us),
         )
 
     def _open_event_log(self) -> EventLog | None:

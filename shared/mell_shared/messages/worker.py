@@ -8,6 +8,7 @@ from mell_shared.messages.base import (
     PROTOCOL_VERSION,
     Generation,
     Id,
+    Label,
     Message,
     MigrationMode,
     Uint32,
@@ -30,6 +31,8 @@ class Submit(Message):
     sampling: SamplingParams
     priority: int = 0
     protocol: int = PROTOCOL_VERSION
+    traceparent: Label = ""
+    """The trace that it belongs to (W3C), if it is traced."""
 
 
 class Cancel(Message):
@@ -76,6 +79,8 @@ class Migrate(Message):
     """The room that the plan counts on at the target, growth on the way included; 0: not told."""
     reason: MigrationReason
     term: int = Field(ge=0)
+    traceparent: Label = ""
+    """The trace that it belongs to (W3C), if it is traced."""
 
 
 class Drain(Message):
@@ -127,6 +132,8 @@ class ReserveKv(Message):
     split_tokens: int = Field(default=0, ge=0)
     growth_tokens: int = Field(default=0, ge=0)
     protocol: int = PROTOCOL_VERSION
+    traceparent: Label = ""
+    """The trace that it belongs to (W3C), if it is traced."""
 
 
 class ExtendKv(Message):

@@ -55,6 +55,7 @@ def test_a_new_sequence_is_placed_by_its_size_alone() -> None:
         "waited_s": 0.0,
         "excluded": (),
         "request_id": "",
+        "traceparent": "",
     }
 
 

@@ -105,7 +105,7 @@ WRONG = {
     ("nowhere.csv",): "cannot read nowhere.csv",
     ("paper:fast",): "expected paper:RATE",
     ("paper:-1",): "expected paper:RATE",
-    ("paper:1", "--policy", "best"): "unknown policy 'best': choose of repack",
+    ("paper:1", "--policy", "best"): "unknown policy 'best': choose one of repack",
     ("paper:1", "--policy", ","): "unknown policy",
     ("paper:1", "--model", "gpt-9"): "unknown model 'gpt-9': known are",
     ("paper:1", "--gpu", "abacus"): "unknown GPU 'abacus': known are",

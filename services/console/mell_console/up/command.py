@@ -12,6 +12,7 @@ from mell_console.up.machine import read_machine
 from mell_console.up.plan import PlanError, Wish, plan_workers
 from mell_console.up.ports import take_port
 from mell_console.up.runfolder import make_run_folder
+from mell_console.up.scale import scale
 from mell_console.up.screen import Screen, make_screen
 from mell_console.up.settings import UpSettings
 from mell_console.up.stack import Stack, StackPlan
@@ -40,9 +41,13 @@ def main(arguments: list[str]) -> int:
 def _plan(settings: UpSettings) -> StackPlan:
     """Decide everything before anything is started; raises `PlanError`, `StartError`."""
     models = settings.model or [FAKE_MODEL if settings.engine == "fake" else DEFAULT_MODEL]
+    if settings.scales and len(models) > 1:
+        raise PlanError(f"--workers {settings.workers} is for one model, but there are {len(models)}: give a number")
+    if settings.scales and settings.engine == "vllm":
+        raise PlanError(f"--workers {settings.workers}: vLLM servers run already, each with its worker; give a number")
     wish = Wish(
         models=tuple(models),
-        workers=len(settings.vllm_url) or settings.workers,
+        workers=len(settings.vllm_url) or settings.most_workers,
         engine=settings.engine,
         served_names=tuple(settings.served_model_name),
         vllm_urls=tuple(settings.vllm_url),
@@ -70,6 +75,8 @@ async def _run(plan: StackPlan, screen: Screen) -> int:
             return _INTERRUPTED
         starting.result()
         _greet(plan, screen)
+        if plan.settings.scales:
+            await scale(plan, stack, stop, lambda told: screen.say(f"scaler: {told.text}", told.level))
         await stopping
         return 0
     finally:
@@ -97,5 +104,6 @@ def _on_signals(stop: asyncio.Event, stack: Stack, screen: Screen) -> None:
 def _greet(plan: StackPlan, screen: Screen) -> None:
     screen.close()
     model = plan.workers[0].served_name
-    screen.say(f"\nMell answers at {plan.url}/v1 (logs in {plan.folder}; Ctrl-C stops everything)\n")
+    screen.say(f"\nMell answers at {plan.url}/v1 (logs in {plan.folder}; Ctrl-C stops everything)")
+    screen.say(f"Watch it at {plan.url}/dashboard\n")
     screen.say(greeting(plan.url, model, plan.api_key))

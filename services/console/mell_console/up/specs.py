@@ -10,6 +10,9 @@ from mell_console.up.settings import UpSettings
 _STREAMS_SHARE = 0.6
 """Of the time a service has to stop, for streams that still run; the rest is for ending them and itself."""
 
+_SCALED_QUEUE_WAIT_S = "120"
+"""Where workers are started on demand: the pace of a line says nothing of those that are on their way."""
+
 _OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_DATA_PORT", "MELL_LOG_FORMAT"}
 """Variables that must not reach every child alike."""
 
@@ -26,7 +29,8 @@ class Launch:
 
     def scheduler(self) -> ChildSpec:
         """Return the scheduler's command line."""
-        return self._spec("scheduler", "mell_scheduler", self._metrics(0), {})
+        own = {"MELL_QUEUE_WAIT_S": _SCALED_QUEUE_WAIT_S} if self.settings.scales else {}
+        return self._spec("scheduler", "mell_scheduler", self._metrics(0), {**own, **self._given("MELL_QUEUE_WAIT_S")})
 
     def frontend(self, workers: tuple[WorkerPlan, ...]) -> ChildSpec:
         """Return the frontend's command line; it serves every model that a worker has."""
@@ -65,6 +69,9 @@ class Launch:
         kept = {name: value for name, value in self.environment.items() if name not in _OF_ONE_PROCESS}
         patience_s = f"{self.settings.stop_s * _STREAMS_SHARE:g}"
         return {"MELL_STOP_DEADLINE_S": patience_s, **kept, "PYTHONUNBUFFERED": "1", **own}
+
+    def _given(self, variable: str) -> Mapping[str, str]:
+        return {variable: self.environment[variable]} if variable in self.environment else {}
 
     def _metrics(self, number: int) -> list[str]:
         return ["--metrics-port", str(self.settings.metrics_port + number)] if self.settings.metrics_port else []

@@ -40,6 +40,11 @@ class StackPlan:
     environment: Mapping[str, str]
 
     @property
+    def first_workers(self) -> tuple[WorkerPlan, ...]:
+        """Those that are started at once; the others only when they are needed."""
+        return self.workers[: self.settings.least_workers] if self.settings.scales else self.workers
+
+    @property
     def url(self) -> str:
         """Where a client on this machine reaches the frontend."""
         return public_url(self.settings.host, self.port)
@@ -66,30 +71,63 @@ class Stack:
         self._tiers: dict[str, list[Service]] = {"frontend": [], "workers": [], "scheduler": []}
         self._logs: list[LogFile] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._launch: Launch | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Start everything and return when a request would be answered; raises `StartError`."""
         deadline_s = time.monotonic() + self._plan.settings.ready_s
-        launch = Launch(
+        launch = self._launch = Launch(
             self._plan.settings, sys.executable, self._plan.environment, await self._find_broker(), self._plan.port
         )
+        first = self._plan.first_workers
         scheduler = self._service(launch.scheduler(), "scheduler")
         scheduler_ready = asyncio.create_task(self._await_ready(scheduler, "scheduler", deadline_s))
         try:
             await self._pull_models(launch)
             # The frontend and the workers start side by side: both load much before they can talk.
-            specs = [launch.worker(part, number) for number, part in enumerate(self._plan.workers, start=1)]
+            specs = [launch.worker(part, number) for number, part in enumerate(first, start=1)]
             others = [self._service(spec, "workers") for spec in specs]
             others.append(self._service(launch.frontend(self._plan.workers), "frontend"))
             await _all([scheduler_ready, *(self._ready_task(service, deadline_s) for service in others)])
         finally:
             scheduler_ready.cancel()
-        await await_workers(self._plan.url, self._plan.admin_key, len(self._plan.workers), deadline_s)
+        await await_workers(self._plan.url, self._plan.admin_key, len(first), deadline_s)
+
+    def worker_names(self) -> list[str]:
+        """The workers that are there or being started, by name."""
+        return [service.name for service in self._tiers["workers"]]
+
+    async def start_worker(self, name: str) -> None:
+        """Start one more of the plan's workers and return when it is ready; raises `StartError`."""
+        assert self._launch is not None, "the stack has started"
+        await asyncio.gather(*self._leaving)  # a name and a port are free only then
+        number = next(number for number, part in enumerate(self._plan.workers, start=1) if part.name == name)
+        spec = self._launch.worker(self._plan.workers[number - 1], number)
+        try:
+            service = self._service(spec, "workers")
+        except OSError as error:
+            raise StartError(f"{name}: cannot write {error.filename}: {error.strerror}") from error
+        try:
+            await self._await_ready(service, name, time.monotonic() + self._plan.settings.ready_s)
+        except StartError:
+            await self.stop_worker(name)
+            raise
+
+    async def stop_worker(self, name: str) -> None:
+        """Stop one worker for good; one that is not there is stopped already."""
+        for service in [service for service in self._tiers["workers"] if service.name == name]:
+            self._tiers["workers"].remove(service)
+            leaving = asyncio.create_task(service.stop(self._plan.settings.stop_s))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)  # it goes on to its end though nobody waits for it any more
 
     async def stop(self) -> None:
         """Stop frontend, workers, scheduler, broker, in this order; each is killed after its deadline."""
         for tier in self._tiers.values():
             await asyncio.gather(*(service.stop(self._plan.settings.stop_s) for service in tier))
+        await asyncio.gather(*self._leaving)
         if self._broker is not None:
             self._broker.stop()
         await asyncio.gather(*self._tasks)

@@ -1,6 +1,6 @@
 """From logits to tokens, for all rows of a step at once; a row's result depends on its own logits and ids alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,12 +14,17 @@ from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import SamplingParams
 
 Failures = dict[int, str]
+DrawTokens = Callable[[torch.Tensor, DrawParams], torch.Tensor]
+"""`draw`, or what draws the same tokens faster."""
 
 
 class Sampler:
     """Chooses tokens by each row's parameters; holds nothing that a row's outcome depends on."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], grammars: GrammarMasks) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Sequence[int], grammars: GrammarMasks, draw: DrawTokens = draw
+    ) -> None:
+        self._draw = draw
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
         self._grammars = grammars
@@ -85,7 +90,9 @@ class Sampler:
         if not drawn:
             return best
         at = torch.tensor(drawn, device=logits.device)
-        chosen = draw(logits[at], _draw_params([rows[i] for i in drawn], [params[i] for i in drawn], logits.device))
+        chosen = self._draw(
+            logits[at], _draw_params([rows[i] for i in drawn], [params[i] for i in drawn], logits.device)
+        )
         return best.index_copy(0, at, chosen)
 
 

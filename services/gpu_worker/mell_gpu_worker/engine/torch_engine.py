@@ -20,7 +20,7 @@ from mell_gpu_worker.engine.grammar import GrammarMasks
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.memory import count_blocks, forbid_expandable_segments
 from mell_gpu_worker.engine.native.build import NativeUnavailableError
-from mell_gpu_worker.engine.native.load import native_runner
+from mell_gpu_worker.engine.native.load import choose_draw, native_runner
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_gpu_worker.engine.reference_attention import ReferenceAttention
 from mell_gpu_worker.engine.runner import Runner, StepRunner, last_tokens
@@ -133,7 +133,8 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
         block_bytes=shape.block_bytes,
         migration_modes=("kv", "tokens", "hybrid"),
     )
-    sampler = Sampler(spec.vocab_size, eos, GrammarMasks(folder, spec.vocab_size, eos, options.max_sequences))
+    grammars = GrammarMasks(folder, spec.vocab_size, eos, options.max_sequences)
+    sampler = Sampler(spec.vocab_size, eos, grammars, choose_draw(device, options.compile))
     return TorchEngine(spec, make_runner(pool), pool, sampler)
 
 

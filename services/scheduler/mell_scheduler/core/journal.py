@@ -20,7 +20,7 @@ from mell_scheduler.core.values import (
     PlaceRequested,
     Tick,
 )
-from mell_scheduler.policy import PolicySettings, make_policy
+from mell_scheduler.policy import PolicySettings, is_own, make_policy
 from mell_scheduler.policy.base import BalanceSettings, PriorityWeights, RepackSettings
 from mell_shared.messages.base import Message, unpack_uint32
 from mell_shared.messages.scheduler import PLACE_REQUEST, SCHEDULER_EVENT
@@ -102,6 +102,8 @@ def _read_header(line: str) -> Callable[[int], SchedulerCore]:
             raise JournalError(f"journal version {head['journal']} is not {_VERSION}")
         name, policy = str(head["policy"]), _policy_settings(head["policy_settings"])
         settings = CoreSettings(**head["settings"])
+        if is_own(name):
+            raise JournalError(f"it is of the policy {name!r}: reading a journal loads no code")
         make_policy(name, policy)
     except (ValueError, KeyError, TypeError) as error:
         raise JournalError(f"line 1 is no journal header: {error}") from error

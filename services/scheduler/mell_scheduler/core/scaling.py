@@ -1,4 +1,6 @@
-"""How many workers each model should have up: those in use, and room for what waits."""
+"""How many workers each model should have up: those in use, and room for what waits and for what outgrows them."""
+
+from collections import Counter
 
 from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.values import Command, WantGpus
@@ -18,7 +20,10 @@ class Scaling:
 
     def review(self) -> list[Command]:
         """Count anew; returns what changed."""
-        wanted = {name: self.gpus_wanted(name, self._queued_tokens(name)) for name in self._ledger.models}
+        wanted = {
+            name: self.gpus_wanted(name, self._queued_tokens(name) + self._overflow_tokens(name))
+            for name in self._ledger.models
+        }
         changed = [WantGpus(name, gpus) for name, gpus in wanted.items() if self.wanted.get(name, 0) != gpus]
         gone = [WantGpus(name, 0) for name, gpus in self.wanted.items() if name not in wanted and gpus]
         self.wanted = wanted
@@ -34,3 +39,15 @@ class Scaling:
 
     def _queued_tokens(self, name: str) -> int:
         return sum(self._ledger.predicted_tokens(entry.request) for entry in self._waiting.of(name))
+
+    def _overflow_tokens(self, name: str) -> int:
+        """What workers are predicted to lack, preempted sequences included, once what is leaving them has left."""
+        leaving: Counter[str] = Counter()
+        for record in self._ledger.moving.values():
+            leaving[record.worker.worker_id] += record.size_blocks
+        tokens = 0
+        for worker_id, worker in self._ledger.models[name].workers.items():
+            lacking = -self._ledger.free_blocks(worker) - leaving[worker_id]
+            if worker.usable and lacking > 0:
+                tokens += lacking * worker.block_tokens
+        return tokens

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from mell_scheduler.policy import POLICY_NAMES, PolicySettings
+from mell_scheduler.policy import POLICY_NAMES, PolicySettings, check_policy
 from mell_scheduler.sim.hardware import MODELS, HardwareError, capacity_tokens
 from mell_scheduler.sim.html import as_html
 from mell_scheduler.sim.memory import DecisionLog, MemorySettings
@@ -58,9 +58,9 @@ def simulate_command(  # noqa: PLR0913, PLR0917 - one parameter per flag
     trace: Annotated[
         str, typer.Argument(help="A trace file (CSV, Azure's CSV, Mooncake's JSON lines, .gz), -, or paper:RATE.")
     ],
-    policy: Annotated[str, typer.Option(help=f"Policies, by commas, of: {', '.join(POLICY_NAMES)}.")] = ",".join(
-        DEFAULT_POLICIES
-    ),
+    policy: Annotated[
+        str, typer.Option(help=f"Policies, by commas, of: {', '.join(POLICY_NAMES)}, module:class.")
+    ] = ",".join(DEFAULT_POLICIES),
     capacity_tokens_: Annotated[
         int | None, typer.Option("--capacity-tokens", min=1, help="Tokens of KV cache that one GPU holds.")
     ] = None,
@@ -263,9 +263,10 @@ def _slo(text: str) -> Slo:
 
 def _policies(names: str) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    unknown = [name for name in chosen if name not in POLICY_NAMES]
-    if unknown or not chosen:
-        raise ValueError(f"unknown policy {', '.join(unknown)!r}: choose of {', '.join(POLICY_NAMES)}")
+    if not chosen:
+        raise ValueError(f"unknown policy: choose of {', '.join(POLICY_NAMES)}")
+    for name in chosen:
+        check_policy(name)
     return chosen
 
 

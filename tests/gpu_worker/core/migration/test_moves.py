@@ -609,6 +609,23 @@ def test_the_last_blocks_are_waited_for_as_long_as_those_before_let_expect(took_
     assert [(len(send.blocks), send.timeout_us) for send in tail] == [(1, timeout_us)]
 
 
+def test_where_only_ids_move_a_target_that_does_not_get_on_is_waited_for() -> None:
+    """Its progress may not be seen, as at an engine that prefills whole prompts: only the move's own time ends that."""
+    source = world(migration_modes=("tokens",))
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="", secret=b"", size_bytes=0, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    for _ in range(12):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=0)))
+    assert not failures(source)
+    source.tell(TimePassed(), after_us=MoveLimits().move_us)
+    assert failures(source) == ["timeout"]
+
+
 @pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])
 def test_a_target_that_does_not_answer_a_reservation_may_hold_one(failure: AskFailure) -> None:
     """It is told to release it; the sequence never stopped."""

@@ -184,6 +184,10 @@ class Source:
         if "kv" in self._spec.migration_modes:
             move.freezing = True
             return []
+        assert move.catching is not None
+        if not move.catching.reached:
+            # Slow or not to be seen, but there is no other way: until the move itself takes too long.
+            return []
         return self._apply(move, SourceEvent.REFUSED, now_us, "timeout", "the target's prefill does not catch up")
 
     # --- what the link and the frontend say

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from mell_gpu_worker.engine.native.structs import Decoder, Layer, Pool, Step
+from mell_gpu_worker.engine.native.structs import Decoder, Draw, Layer, Pool, Step
 
 _SOURCE = Path(__file__).parent / "decoder.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -94,6 +94,6 @@ def _build(compiler: str, path: Path) -> None:
 
 
 def _check_layout(library: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 4)()
+    sizes = (ctypes.c_int64 * 5)()
     library.mell_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(kind) for kind in (Layer, Decoder, Pool, Step)], list(sizes)
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in (Layer, Decoder, Pool, Step, Draw)], list(sizes)

@@ -4,6 +4,7 @@
 // (packed, see linear.h); the engine compares its logits with theirs before it serves.
 
 #include "attention.h"
+#include "draw.h"
 
 namespace mell {
 
@@ -179,6 +180,17 @@ void mell_sizes(int64_t* sizes) {
   sizes[1] = sizeof(mell::Decoder);
   sizes[2] = sizeof(mell::Pool);
   sizes[3] = sizeof(mell::Step);
+  sizes[4] = sizeof(mell::Draw);
+}
+
+// Write a token for each row of logits.
+void mell_draw(const mell::Draw* draw) {
+#pragma omp parallel num_threads(draw->threads)
+  {
+    mell::Weights weights;
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < draw->rows; row++) draw->tokens[row] = mell::draw_row(*draw, row, weights);
+  }
 }
 
 // Write the step's keys and values to the pool, and the logits asked for.

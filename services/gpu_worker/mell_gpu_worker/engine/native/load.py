@@ -1,4 +1,4 @@
-"""From a loaded model to a checked C++ runner, or the reason why there is none."""
+"""From a loaded model to a checked C++ runner, or the reason why there is none; and to what draws its tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.base import EngineError
+from mell_gpu_worker.engine.draw import DrawParams, draw
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.native.build import NativeUnavailableError, default_cache_dir, load_library
+from mell_gpu_worker.engine.native.draw import NativeDraw
 from mell_gpu_worker.engine.native.program import NativeProgram, require_native
 from mell_gpu_worker.engine.native.runner import NativeRunner
 from mell_gpu_worker.engine.self_check import ModelCheck
@@ -34,3 +36,13 @@ def native_runner(
         program.close()
         raise NativeUnavailableError(f"the C++ step gives other logits than the model: {error}") from error
     return make
+
+
+def choose_draw(device: torch.device, compiling: str) -> Callable[[torch.Tensor, DrawParams], torch.Tensor]:
+    """Return what draws tokens: C++ for any model on a CPU, unless `compiling` is off or there is no compiler."""
+    if device.type != "cpu" or compiling == "off":
+        return draw
+    try:
+        return NativeDraw(load_library(default_cache_dir()), torch.get_num_threads())
+    except NativeUnavailableError:
+        return draw

@@ -79,3 +79,20 @@ class Step(ctypes.Structure):
         ("workspace", _Address),
         ("threads", _Count),
     ]
+
+
+class Draw(ctypes.Structure):
+    """Logits, one value a row of each parameter, and where the tokens go."""
+
+    _fields_ = [
+        ("rows", _Count),
+        ("vocab", _Count),
+        ("logits", _Address),
+        ("temperature", _Address),
+        ("top_k", _Address),
+        ("top_p", _Address),
+        ("min_p", _Address),
+        ("uniform", _Address),
+        ("tokens", _Address),
+        ("threads", _Count),
+    ]
