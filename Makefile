@@ -66,7 +66,7 @@ soak-overload: venv
 # Every fault in real processes; writes what clients saw of each into docs/reliability.md.
 reliability: venv
 	rm -rf build/faults && mkdir -p build/faults
-	MELL_FAULTS_FOLDER=build/faults $(BIN)/python -m pytest -m connected --timeout 300 $(ARGS) tests/cluster/faults
+	MELL_FAULTS_FOLDER=build/faults $(BIN)/python -m pytest -m connected $(ARGS) tests/cluster/faults
 	$(BIN)/python -m tests.cluster.faults.report build/faults
 
 docker-test: venv

@@ -1,10 +1,21 @@
 """The scene that the faults of one file share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.faults.scene import Scene
+
+_MOST_S = 300
+"""Of one test with its scene: half a dozen processes start, which on a busy machine takes a minute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of this folder their time."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(_MOST_S))
 
 
 @pytest.fixture(scope="module")
