@@ -181,19 +181,10 @@ class SchedulerService:
         if core is not None and not self._told_to_pause and core.moves_paused != paused:
             self._actor.post(OperatorAsked("", MovingRequest(paused=paused)))
 
-    async def _keep_on_pausing(self) -> None:
-        """Write it down again: the broker may have come back without its store."""
-        await self._pause.keep(paused=True)
-
-    def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
+    async def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
         """Answer an operator when what was said is written down, or say that it is not."""
-
-        async def keep() -> None:
-            kept = await self._pause.keep(paused=told.paused)
-            await self._send(answer.handle, told.model_copy(update={"kept": kept}))
-
-        self._told_to_pause = True
-        self._actor.spawn(keep())
+        kept = await self._pause.keep(paused=told.paused)
+        await self._send(answer.handle, told.model_copy(update={"kept": kept}))
 
     def _start_ticking(self) -> None:
         self._actor.every(TICK_S, Tick)
@@ -269,7 +260,7 @@ class SchedulerService:
             self._traces.ended()
             self._core = None
         elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
-            self._actor.spawn(self._keep_on_pausing())
+            self._actor.spawn(self._pause.keep_on())
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
             self._actor.post(ConnectionRestored())
@@ -316,7 +307,8 @@ class SchedulerService:
             case Answer(handle=""):
                 pass  # nobody asked
             case Answer(reply=MovingReply() as told):
-                self._keep_pause(command, told)
+                self._told_to_pause = True
+                self._actor.spawn(self._keep_pause(command, told))
             case Answer():
                 await self._send(command.handle, command.reply)
             case OrderDrain():
