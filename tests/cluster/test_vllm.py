@@ -15,8 +15,8 @@ from tests.cluster.test_operators import holder, mell
 
 pytestmark = pytest.mark.connected
 
-TOKENS, TOKEN_S = 400, 0.03
-"""A stream of twelve seconds at least: long enough for all that is to happen within it."""
+TOKENS, TOKEN_S = 400, 0.1
+"""A stream of forty seconds: long enough for all that is to happen within it; its rest is then made in a hurry."""
 
 
 @dataclass
@@ -171,19 +171,41 @@ def test_a_worker_is_drained_in_mid_stream(
     assert mell(frontend, "undrain", name)[0] == 0
 
 
+def test_structured_output_stays_where_it_began(
+    client: httpx.Client, frontend: Service, pairs: dict[str, Pair], story: str
+) -> None:
+    """A grammar begins anew with each request: such a stream is not moved, and ends with an error with its server."""
+    for pair in pairs.values():
+        pair.knobs(token_s=TOKEN_S)
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 2 * len(story)}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
+    chat = StreamedChat(client, 4 * len(story), temperature=0, ignore_eos=False, response_format=form)
+    assert chat.read(5).startswith('{"a"')
+    name, sequence = holder(frontend)
+    (other,) = set(pairs) - {name}
+    code, moved = mell(frontend, "migrate", sequence, "--to", other, "--mode", "tokens")
+    assert (code, [move["state"] for move in moved["moves"]]) == (1, ["failed"])
+    assert moved["moves"][0]["reason"] == "bound"
+    chat.read(len(chat.text) + 5)
+    pairs[name].server.kill()
+    assert "could not go on" in chat.read_error()["message"]
+    pairs[name].restart_server()
+    eventually(lambda: pairs[name].worker.events("engine_back"), "the worker finds its server again")
+
+
 def test_a_server_that_is_killed_loses_its_streams_to_the_other(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """The worker stays, says so, and takes nothing until its server is back."""
     name, _ = holder(frontend)
     pair = pairs[name]
+    away, placed = len(pair.worker.events("engine_away")), len(frontend.events("sequence_placed_again"))
     pair.server.kill()
     assert read_quickly(chat, pairs) == story
-    assert pair.worker.events("engine_away")
-    placed = len(frontend.events("sequence_placed_again"))
-    assert placed == 1
+    assert len(pair.worker.events("engine_away")) == away + 1
+    assert len(frontend.events("sequence_placed_again")) == placed + 1
     pair.restart_server()
-    eventually(lambda: pair.worker.events("engine_back"), "the worker finds its server again")
+    eventually(lambda: len(pair.worker.events("engine_back")) == away + 1, "the worker finds its server again")
     assert pair.worker.process.poll() is None
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mell_console import extras
 from mell_console.cli import app
 from mell_gpu_worker.model_store import ModelStoreError
+from tests.console.answering import answering
 
 SERVICES = {"mell_frontend", "mell_scheduler", "mell_gpu_worker"}
 
@@ -33,7 +34,9 @@ def test_help_needs_no_service_and_no_extra() -> None:
     assert not heavy & loaded
 
 
-@pytest.mark.parametrize("command", ["up", "serve", "simulate", "model", "status", "doctor", "bench", "key", "version"])
+@pytest.mark.parametrize(
+    "command", ["up", "serve", "simulate", "model", "status", "top", "doctor", "bench", "key", "version"]
+)
 def test_help_lists_every_command(command: str) -> None:
     """A user finds all commands from `mell --help`."""
     code, text = run("--help")
@@ -47,6 +50,47 @@ def test_shells_complete_commands() -> None:
     assert code == 0
     assert {"serve", "simulate", "status"} <= set(text.split())
     assert "doctor" not in text.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_for_the_shell_in_use(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mell --install-completion` writes into the home folder what the shell reads; `--show-completion` prints it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, f"/bin/{shell}"))
+    code, text = run("--show-completion")
+    assert code == 0
+    assert f"complete_{shell}" in text
+    code, text = run("--install-completion")
+    assert code == 0
+    assert "completion installed" in text
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("_MELL_COMPLETE" in content for content in written)
+
+
+def complete(words: str, url: str) -> list[str]:
+    """What a bash offers at the end of a line."""
+    environment = {"MELL_URL": url, "_MELL_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    code, text = run(**environment, COMP_CWORD=str(words.count(" ")))
+    assert code == 0
+    return text.split()
+
+
+def test_shells_complete_workers() -> None:
+    """By asking the frontend; where two have one name, by their ids; where nobody answers, not at all."""
+    fields = {
+        "host": "h", "model": "m", "engine": "fake", "device": "cpu", "state": "active", "kv_blocks": 1,
+        "used_blocks": 0, "block_tokens": 16, "running": 0, "waiting": 0, "step_us": 0, "report_age_s": 0,
+    }  # fmt: skip
+    ids = {"one-1": "one", "two-1": "two", "two-2": "two"}
+    workers = [{"worker": worker, "name": name, **fields} for worker, name in ids.items()]
+    status = {"scheduler": "s", "policy": "p", "uptime_s": 1, "queued": 0, "placed": 0, "rejected": 0}
+    with answering(200, json.dumps({**status, "workers": workers}).encode()) as (url, _):
+        assert complete("mell drain ", url) == ["one", "two-1", "two-2"]
+        assert complete("mell undrain t", url) == ["two-1", "two-2"]
+        assert complete("mell migrate chatcmpl-1 --to o", url) == ["one"]
+    assert complete("mell drain ", url) == []
 
 
 @pytest.mark.parametrize(

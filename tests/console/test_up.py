@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 
 from mell_shared.nats_server import NatsServer
@@ -128,7 +127,7 @@ def fails(up: Up, words: str) -> None:
     assert len(told) == 1, up.text
     assert words in told[0]
     assert "Traceback" not in up.text
-    assert psutil.Process().children(recursive=True) == []
+    assert up.left() == []
 
 
 def test_a_taken_port_is_one_line(start: Starter) -> None:

@@ -33,6 +33,7 @@ class Up:
         self.process = subprocess.Popen(
             command, env={**os.environ, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self._folder = str(folder)
         self.lines: list[str] = []
         self.family: dict[int, str] = {}
         self._queue: queue.Queue[str | None] = queue.Queue()
@@ -79,6 +80,16 @@ class Up:
         while any(map(alive, self.family)) and time.monotonic() < deadline_s:
             time.sleep(0.01)
         return not any(map(alive, self.family))
+
+    def left(self) -> list[str]:
+        """Return the processes that were started for it, whoever's children they are by now, and still run."""
+        return [process.name() for process in psutil.process_iter() if self._started(process)]
+
+    def _started(self, process: psutil.Process) -> bool:
+        try:
+            return alive(process.pid) and process.environ().get("XDG_STATE_HOME") == self._folder
+        except psutil.Error:
+            return False
 
     @property
     def text(self) -> str:

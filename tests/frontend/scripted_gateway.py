@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mell_frontend.generation import Delta, GenerationError, SequenceRequest, Waiting
-from mell_shared.messages.admin import AdminReply, AdminRequest, Status
+from mell_shared.messages.admin import AdminReply, AdminRequest, Live, LiveRequest, Status
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason
 
@@ -68,6 +68,10 @@ class ScriptedGateway:
 
     script: Script = field(default_factory=lambda: say("Hello, world!"))
     ready: bool = True
+    name: str = "frontend-1"
+    stopping: bool = False
+    open_streams: int = 0
+    tokens_accepted: int = 0
     streams: list[ScriptedStream] = field(default_factory=list)
     problem: GenerationError | None = None
     orders: list[AdminRequest] = field(default_factory=list)
@@ -95,4 +99,5 @@ class ScriptedGateway:
             if isinstance(answer, GenerationError):
                 raise answer
             return answer
-        return Status(scheduler="s", policy="best_fit", uptime_s=1.0, workers=(), queued=0, placed=0, rejected=0)
+        empty = Status(scheduler="s", policy="best_fit", uptime_s=1.0, workers=(), queued=0, placed=0, rejected=0)
+        return Live(status=empty) if isinstance(request, LiveRequest) else empty

@@ -245,6 +245,23 @@ async def test_a_wait_outlasts_a_change_of_leaders(client: httpx.AsyncClient, ga
     assert (await client.post(MIGRATE, json={"to": "w2"})).status_code == 410
 
 
+async def test_a_leader_that_goes_before_it_answers_may_have_begun_the_move(
+    client: httpx.AsyncClient, gateway: ScriptedGateway
+) -> None:
+    """So the next is asked the same; where surely nobody has heard it, that is said at once."""
+    silent = GenerationError("unavailable", "no scheduler answers (timeout)", in_doubt=True)
+    absent = GenerationError("unavailable", "no scheduler answers (no responder)")
+    gateway.answers += [silent, absent, AdminRefused(reason="not_ready", message="no"), moves("committed")]
+    response = await client.post(MIGRATE, json={"to": "w2"})
+    assert (response.status_code, response.json()["moves"][0]["state"]) == (200, "committed")
+    assert len(set(gateway.orders)) == 1
+    gateway.answers.append(silent)
+    assert (await client.post(MIGRATE, json={"to": "w2", "wait_s": 0})).status_code == 503
+    gateway.answers.append(absent)
+    assert (await client.post(MIGRATE, json={"to": "w2"})).status_code == 503
+    assert not gateway.answers
+
+
 async def test_who_waits_no_longer_gets_it_as_it_stands(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     """202: begun, not over."""
     gateway.answers.append(moves("moving"))

@@ -97,7 +97,7 @@ def story(client: httpx.Client) -> str:
 
 
 def test_what_clients_ask_for_they_get(client: httpx.Client) -> None:
-    """Choices, log-probabilities, stop strings, a JSON schema, a call of a function."""
+    """Choices, log-probabilities, stop strings, a JSON schema."""
     several = ask(client, n=2, temperature=1.0, seed=5)
     assert len({choice["message"]["content"] for choice in several["choices"]}) == 2
     scored = ask(client, logprobs=True, top_logprobs=3)["choices"][0]["logprobs"]["content"]
@@ -111,9 +111,6 @@ def test_what_clients_ask_for_they_get(client: httpx.Client) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
     told = ask(client, response_format=form, max_tokens=80)["choices"][0]
     assert list(json.loads(told["message"]["content"])) == ["moons"]
-    tool = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
-    called = ask(client, tools=[tool], tool_choice="required", max_tokens=120)["choices"][0]["message"]
-    assert called["tool_calls"][0]["function"]["name"] == "look_up"
 
 
 def test_a_stream_moves_in_mid_stream(

@@ -140,7 +140,7 @@ class SchedulerLives(RuleBasedStateMachine):
     @initialize(policy=st.sampled_from(POLICY_NAMES), lengths=st.lists(st.integers(1, 200), max_size=6))
     def lead(self, policy: str, lengths: list[int]) -> None:
         """A leader begins, with any policy, over workers that hold something already."""
-        self.core = SchedulerCore(make_policy(policy, POLICY), CORE, 0)
+        self.core = SchedulerCore(make_policy(policy, POLICY), CORE, 0, make_policy("worst-fit", POLICY))
         self.lines.append(header_line(policy, POLICY, CORE))
         self.send(LeadershipTaken(1))
         for number, length in enumerate(lengths):

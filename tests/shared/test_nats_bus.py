@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mell_shared.bus import (
     RequestTimeoutError,
 )
 from mell_shared.nats_bus import NatsBus
+from mell_shared.nats_key_value import NatsKeyValue
 from mell_shared.nats_server import NatsServer, NatsServerError
 from tests.conftest import BusFactory
 from tests.shared.conftest import eventually, freeze
@@ -434,6 +436,45 @@ def test_the_bus_survives_its_broker_on_uvloop_too(tmp_path: Path) -> None:
     ):
         patch.setattr(nats_bus, "_PING_INTERVAL_S", 0.1)
         assert runner.run(scenario(server)) == [b"last"]
+
+
+def test_a_socket_that_has_just_closed_is_a_lost_connection_on_uvloop_too(tmp_path: Path) -> None:
+    """There writing to it is an error of its own kind; what is tried then fails as the bus says, and it comes back."""
+
+    async def scenario(server: NatsServer) -> None:
+        bus = await NatsBus.connect(server.url)
+        store = NatsKeyValue(bus, "bucket", 0)
+
+        async def subscribe_for_a_moment() -> None:
+            await (await bus.subscribe("s", hear_nothing)).unsubscribe()
+
+        attempts: list[Callable[[], Awaitable[object]]] = [
+            lambda: bus.publish("s", b"x"),
+            lambda: bus.request("s", b"x", 0.5),
+            subscribe_for_a_moment,
+            lambda: bus.flush(0.5),
+            lambda: store.read("key", 0.5),
+        ]
+        try:
+            await store.read("key", 5.0)
+            known = len(bus._client._subs)
+            for attempt in attempts:
+                before = bus.stats.reconnections
+                bus._client.abort()
+                for _ in range(5):
+                    with suppress(BusError):
+                        await attempt()
+                    await asyncio.sleep(0)
+                await eventually(lambda: bus.stats.reconnections > before and bus.connected)  # noqa: B023 - at once
+            assert len(bus._client._subs) == known
+        finally:
+            await bus.close()
+
+    async def hear_nothing(delivery: Delivery) -> None:
+        del delivery
+
+    with NatsServer(tmp_path) as server, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario(server))
 
 
 def test_a_server_on_a_taken_port_says_so(nats_server: NatsServer, tmp_path: Path) -> None:

@@ -31,7 +31,16 @@ Url = Annotated[str, typer.Option(envvar="MELL_URL", help="Where a frontend answ
 AdminKey = Annotated[
     str, typer.Option(envvar="MELL_ADMIN_KEY", help="The frontend's admin key; on its own machine it may need none.")
 ]
-Worker = Annotated[str, typer.Argument(help="A worker's id, or a name that only one has.")]
+
+
+def _workers(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete a worker's name from those that the frontend knows of."""
+    url, key = context.params.get("url") or _URL, context.params.get("admin_key") or ""
+    found: list[str] = load("mell_console.admin.complete", "console").workers(url, key, incomplete)
+    return found
+
+
+Worker = Annotated[str, typer.Argument(help="A worker's id, or a name that only one has.", autocompletion=_workers)]
 Request = Annotated[
     str, typer.Argument(help="The id of an answer (chatcmpl-...), its x-request-id, or one sequence's id.")
 ]
@@ -116,6 +125,18 @@ def status(
 
 
 @app.command()
+def top(
+    url: Url = _URL,
+    admin_key: AdminKey = "",
+    once: Annotated[bool, typer.Option("--once", help="Print one state and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each state instead.")] = False,
+) -> None:
+    """Watch the cluster from second to second; Ctrl-C ends it. The same in a browser: /dashboard."""
+    show = load("mell_console.top.command", "console").top
+    _operate(url, admin_key, lambda frontend: show(frontend, once=once, as_json=as_json))
+
+
+@app.command()
 def drain(  # noqa: PLR0913, PLR0917 - its options are its arguments
     worker: Worker,
     deadline: Annotated[
@@ -148,7 +169,9 @@ def undrain(worker: Worker, url: Url = _URL, admin_key: AdminKey = "", as_json: 
 @app.command()
 def migrate(  # noqa: PLR0913, PLR0917 - its options are its arguments
     request: Request,
-    to: Annotated[str, typer.Option("--to", help="Worker to move to: its id, or a name only one has.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Worker to move to: its id, or a name only one has.", autocompletion=_workers)
+    ],
     mode: Annotated[Mode, typer.Option(help="How its state gets there.")] = Mode.AUTO,
     wait: Annotated[
         float, typer.Option(parser=duration, metavar="DURATION", help="How long to wait for the end; then code 3.")

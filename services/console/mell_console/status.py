@@ -6,10 +6,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, Frontend, console, print_json
-from mell_console.admin.words import cost, span
-from mell_shared.messages.admin import STATUS, MoveStatus, Status, WorkerStatus
+from mell_console.admin.words import cost, hours, saving, span
+from mell_shared.messages.admin import STATUS, GpuUse, MoveStatus, Status, WorkerStatus
 
-_STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
+MOST_RECENT = 20
+"""Moves shown that are over."""
+
+STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
 _OUTCOME_STYLES = {"moving": "yellow", "committed": "green", "failed": "red", "timeout": "red", "ended": "dim"}
 
 
@@ -22,9 +25,11 @@ def run(frontend: Frontend, *, requests: bool, as_json: bool) -> int:
     out = console()
     out.print(headline(status), soft_wrap=True)
     out.print(models_line(status), soft_wrap=True)
+    if status.gpu_use is not None:
+        out.print(gpus_line(status.gpu_use), soft_wrap=True)
     out.print(workers_table(status))
     if status.moves or status.recent_moves:
-        out.print("", moves_table([*status.moves, *status.recent_moves]), sep="\n")
+        out.print("", moves_table([*status.moves, *status.recent_moves[:MOST_RECENT]]), sep="\n")
     if requests:
         out.print("", sequences_table(status), sep="\n")
         if status.sequences_left_out:
@@ -49,11 +54,20 @@ def models_line(status: Status) -> str:
     return f"{moves}{wanted}"
 
 
+def gpus_line(use: GpuUse) -> str:
+    """Return in one line the GPU-hours used, and what another policy would have used."""
+    line = f"GPUs: {use.used} of {use.up} in use, {hours(use.used_gpu_s)} used in {span(use.since_s)}"
+    if not use.shadow_policy or not use.shadow_gpu_s:
+        return line
+    saved = saving(use)
+    return f"{line}; {use.shadow_policy}: {use.shadow} and {hours(use.shadow_gpu_s)}, {saved:.0%} saved"
+
+
 def workers_table(status: Status) -> Table:
     """Return a row for each worker, by name."""
     table = Table("worker", "model", "on", "state", "KV blocks", "run", "wait", "moving", "step", "heard", box=None)
     for worker in sorted(status.workers, key=lambda worker: (worker.name, worker.worker)):
-        style = _STATE_STYLES[worker.state]
+        style = STATE_STYLES[worker.state]
         table.add_row(
             worker.worker,
             worker.model,

@@ -11,9 +11,12 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from mell_frontend.asgi import Receive, Scope, Send
 from mell_frontend.errors import ApiError, bad_request
 from mell_frontend.event_feed import DEFAULT_LAST, MOST_LAST, EventFeed
+from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
+from mell_frontend.live import LiveFeed
 from mell_frontend.schema import parse
 from mell_frontend.schema.base import ApiModel
 from mell_shared.clock import Clock
@@ -34,6 +37,7 @@ from mell_shared.messages.admin import (
     StatusRequest,
     UndrainRequest,
 )
+from mell_shared.messages.live import LiveState
 
 B = TypeVar("B", bound="AdminBody")
 
@@ -112,10 +116,11 @@ _EVENTS_QUERY = (
 class AdminApi:
     """The operations of `/admin`."""
 
-    def __init__(self, gateway: Gateway, clock: Clock, feed: EventFeed) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, feed: EventFeed, live: LiveFeed) -> None:
         self._gateway = gateway
         self._clock = clock
         self._feed = feed
+        self._live = live
 
     def routes(self) -> tuple[AdminRoute, ...]:
         """Every operation."""
@@ -124,6 +129,7 @@ class AdminApi:
             AdminRoute(
                 "GET", "/admin/status", self.status, "The cluster as the scheduler sees it", Status, query=_STATUS_QUERY
             ),
+            AdminRoute("GET", "/admin/live", self.live, "The same from second to second", LiveState, streams=True),
             AdminRoute(
                 "POST", f"{worker}/drain", self.drain, "Empty a worker and keep it empty", DrainReply, DrainBody
             ),
@@ -143,6 +149,11 @@ class AdminApi:
         if asked not in ("true", "false", "1", "0"):
             raise bad_request("sequences: must be true or false.", "sequences", "invalid_value")
         return await self._ask(StatusRequest(sequences=asked in ("true", "1")))
+
+    async def live(self, request: Request) -> Response:
+        """Events `state` with all there is to see, and `trouble` while there is no state to be had."""
+        self._live.check_room()
+        return _Watching(self._live, self._feed.write_timeout_s)
 
     async def drain(self, request: Request) -> Response:
         """See `routes`."""
@@ -176,12 +187,24 @@ class AdminApi:
             ask=secrets.token_hex(8), request=_name(request, "request"), target=body.to, mode=body.mode
         )
         deadline_us = self._clock.now_us() + round(body.wait_s * 1e6)
-        reply = _accepted(await self._gateway.admin(order))
-        while _moving(reply) and self._clock.now_us() < deadline_us:
+        reply, silence = await self._first(order)
+        while (reply is None or _moving(reply)) and self._clock.now_us() < deadline_us:
             reply = await self._again(order, reply)
+        if reply is None:
+            assert silence is not None
+            raise silence
         return JSONResponse(reply.model_dump(mode="json"), status_code=202 if _moving(reply) else 200)
 
-    async def _again(self, order: MigrateRequest, last: AdminReply) -> AdminReply:
+    async def _first(self, order: MigrateRequest) -> tuple[AdminReply | None, GenerationError | None]:
+        """Order the moves; no answer, and why, if a scheduler may have begun them and gone before it said so."""
+        try:
+            return _accepted(await self._gateway.admin(order)), None
+        except GenerationError as error:
+            if not error.in_doubt:
+                raise
+            return None, error
+
+    async def _again(self, order: MigrateRequest, last: AdminReply | None) -> AdminReply | None:
         """Ask how it stands; while no scheduler answers, or one that leads only now, it stands as it was told last."""
         try:
             return _accepted(await self._gateway.admin(order))
@@ -195,6 +218,20 @@ class AdminApi:
 
     async def _ask(self, order: AdminRequest) -> Response:
         return JSONResponse(_accepted(await self._gateway.admin(order)).model_dump(mode="json"))
+
+
+class _Watching(Response):
+    """Events for one watcher, until it leaves or reads no more."""
+
+    def __init__(self, feed: LiveFeed, write_timeout_s: float) -> None:
+        super().__init__()
+        self._feed = feed
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        exchange = Exchange(receive, send, state["send"], state["record"], self._write_timeout_s)
+        await exchange.run(self._feed.watch(exchange))
 
 
 def _moving(reply: AdminReply) -> bool:

@@ -21,16 +21,19 @@ from mell_frontend.admin import AdminApi, AdminRoute, admin_paths
 from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.answer import Head, StreamedChat, StreamedCompletion, WholeChat, WholeCompletion
 from mell_frontend.asgi import App, Receive, Scope, Send
+from mell_frontend.dashboard_page import PAGES, dashboard
 from mell_frontend.edge import Guard, Recorder
 from mell_frontend.errors import ApiError, bad_request, from_generation
 from mell_frontend.event_feed import EventFeed
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.key_store import KeyStore
+from mell_frontend.live import LiveFeed
 from mell_frontend.metrics import FrontendMetrics
 from mell_frontend.openapi_page import openapi_page
 from mell_frontend.prepare import Job, find_model, prepare_chat, prepare_completion
 from mell_frontend.prompt import chat_prompt, check_ids
+from mell_frontend.pulse import Pulse
 from mell_frontend.rate_limits import Limits
 from mell_frontend.record import RequestRecord
 from mell_frontend.respond import Responder
@@ -92,13 +95,17 @@ def create_app(  # noqa: PLR0913 - what an app is made of
     keys = keys or KeyStore(settings.api_keys, settings.api_keys_file)
     general = Limits(settings.requests_per_minute or None, settings.tokens_per_minute or None)
     as_vllm = VllmMetrics(registry, [model.name for model in models])
-    responder = Responder(gateway, clock, as_vllm)
+    pulse = Pulse()
+    responder = Responder(gateway, clock, as_vllm, pulse)
     api = _Api(settings, models, clock, responder, teller=teller or RequestTeller(nowhere), tracer=tracer)
     # Its own page of documentation would load scripts from another host.
     site = FastAPI(title="Mell", version=version("mell"), docs_url=None, redoc_url=None)
     api.add_routes(site)
     _add_probes(site, gateway, registry)
-    operations = AdminApi(gateway, clock, feed or EventFeed(None, settings.write_timeout_s)).routes()
+    for path in PAGES:
+        site.add_route(path, dashboard, methods=["GET", "HEAD"], include_in_schema=path == "/dashboard")
+    live = LiveFeed(gateway, clock, pulse, settings.live_interval_s)
+    operations = AdminApi(gateway, clock, feed or EventFeed(None, settings.write_timeout_s), live).routes()
     for operation in operations:
         site.add_route(operation.path, operation.handler, methods=[operation.method])
     _add_error_handlers(site)

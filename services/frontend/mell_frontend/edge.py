@@ -8,6 +8,7 @@ import structlog
 from mell_frontend.admin_gate import ADMIN_PATHS, AdminGate
 from mell_frontend.allowance import Allowance, Allowances
 from mell_frontend.asgi import App, Message, Receive, Scope, Send, header_of, send_json
+from mell_frontend.dashboard_page import PAGES
 from mell_frontend.errors import ApiError
 from mell_frontend.key_store import KeyStore
 from mell_frontend.keys import ApiKey
@@ -17,10 +18,10 @@ from mell_frontend.settings import FrontendSettings
 from mell_shared.clock import Clock
 from mell_shared.ids import request_id
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
-"""What asks for no key: probes and descriptions, nothing about requests."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json", *PAGES})
+"""What asks for no key: probes, descriptions, the dashboard before it has any data; nothing about requests."""
 
-_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", *PAGES})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 _DISCARD_S = 10.0

@@ -111,6 +111,21 @@ class BusGateway:
         return reply
 
     @property
+    def name(self) -> str:
+        """The frontend's id."""
+        return self._core.frontend
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._draining
+
+    @property
+    def tokens_accepted(self) -> int:
+        """Tokens taken from workers since the start."""
+        return self._core.stats.tokens_accepted
+
+    @property
     def open_streams(self) -> int:
         """How many sequences have neither ended nor been closed."""
         return len(self._streams)

@@ -14,14 +14,21 @@ class GenerationError(Exception):
 
     Kinds: `too_large` (400; `limit_tokens` says what fits), `unknown_model` (404), `queue_full` (429),
     `unavailable` (503: no worker, no scheduler, no broker), `refused` (400: the worker says the request is bad),
-    `failed` (500: the engine could not go on).
+    `failed` (500: the engine could not go on). `in_doubt`: it may have been heard, and done, all the same.
     """
 
     def __init__(
-        self, kind: str, message: str, *, retry_after_s: float | None = None, limit_tokens: int | None = None
+        self,
+        kind: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        limit_tokens: int | None = None,
+        in_doubt: bool = False,
     ) -> None:
         super().__init__(message)
         self.kind = kind
+        self.in_doubt = in_doubt
         self.message = message
         self.retry_after_s = retry_after_s
         self.limit_tokens = limit_tokens
@@ -86,6 +93,26 @@ class Gateway(Protocol):
     @property
     def ready(self) -> bool:
         """Whether the broker is connected and a scheduler answered lately."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The frontend's id."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is taken any more."""
+        ...
+
+    @property
+    def open_streams(self) -> int:
+        """How many sequences have neither ended nor been closed."""
+        ...
+
+    @property
+    def tokens_accepted(self) -> int:
+        """Tokens taken from workers since the start."""
         ...
 
     async def admin(self, request: AdminRequest) -> AdminReply:

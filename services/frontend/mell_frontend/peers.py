@@ -109,7 +109,9 @@ class Peers:
         reply = await self._request(subject, encode(request), self._timeouts.admin_s, ADMIN_REPLY)
         if isinstance(reply, str):
             reason = reply.replace("_", " ")
-            raise GenerationError("unavailable", f"no scheduler answers ({reason})", retry_after_s=1.0)
+            raise GenerationError(
+                "unavailable", f"no scheduler answers ({reason})", retry_after_s=1.0, in_doubt=reply == "timeout"
+            )
         return reply
 
     async def reply(self, reply_to: str, message: BaseModel) -> None:

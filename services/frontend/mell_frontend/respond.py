@@ -6,6 +6,7 @@ from mell_frontend.errors import ApiError, from_generation
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError, SequenceRequest, Waiting
 from mell_frontend.prepare import Job
+from mell_frontend.pulse import Pulse
 from mell_frontend.reading import Reader, StreamEvent, open_streams
 from mell_frontend.record import RequestRecord
 from mell_frontend.sse import comment, error_event
@@ -18,10 +19,11 @@ from mell_shared.clock import Clock
 class Responder:
     """Answers jobs; holds nothing between them."""
 
-    def __init__(self, gateway: Gateway, clock: Clock, metrics: VllmMetrics) -> None:
+    def __init__(self, gateway: Gateway, clock: Clock, metrics: VllmMetrics, pulse: Pulse) -> None:
         self._gateway = gateway
         self._clock = clock
         self._metrics = metrics
+        self._pulse = pulse
 
     async def stream(self, job: Job, head: Head, answer: StreamedAnswer, exchange: Exchange) -> None:
         """Answer with server-sent events; a problem before the first event gets its own HTTP status."""
@@ -58,7 +60,7 @@ class Responder:
                 run.note_usage()
 
     def _run(self, job: Job, reader: Reader, record: RequestRecord) -> "_Run":
-        return _Run(job, reader, record, self._clock, self._metrics.meter(job.model.name))
+        return _Run(job, reader, record, self._clock, self._metrics.meter(job.model.name), self._pulse)
 
 
 def _sequences(job: Job, head: Head, record: RequestRecord) -> list[SequenceRequest]:
@@ -90,12 +92,15 @@ def _shown(answer: StreamedAnswer, events: list[tuple[int, Waiting | Piece]]) ->
 class _Run:
     """A job while it runs: each choice's text, and how many of them have not ended."""
 
-    def __init__(self, job: Job, reader: Reader, record: RequestRecord, clock: Clock, meter: TokenMeter) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what it works with, and who wants to know
+        self, job: Job, reader: Reader, record: RequestRecord, clock: Clock, meter: TokenMeter, pulse: Pulse
+    ) -> None:
         self._job = job
         self._reader = reader
         self._record = record
         self._clock = clock
         self._meter = meter
+        self._pulse = pulse
         self._last_us: list[int | None] = [None] * job.choices
         """When the last token of each choice came."""
         self._texts = [_choice_text(job, choice) for choice in range(job.choices)]
@@ -144,6 +149,7 @@ class _Run:
         self._last_us[choice] = now_us
         if self._record.first_token_us is None:
             self._record.first_token_us = now_us
+            self._pulse.first_token(now_us - self._record.started_us, now_us)
         self._meter.took(tokens, None if last_us is None else now_us - last_us)
 
     def _end(self, choice: int, reason: str) -> None:

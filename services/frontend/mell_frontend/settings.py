@@ -45,6 +45,9 @@ class FrontendSettings(ServiceSettings):
         repr=False,
         description="Bearer key for `/admin`, or `sha256:HEX` of it; none: only this machine itself may ask there.",
     )
+    live_interval_s: float = Field(
+        1.0, ge=0.2, le=10, description="Time between two states of the cluster that the dashboard shows."
+    )
     cors_origins: StringList = Field([], description="Origins that browsers may ask from; `*`: all.")
     max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body.")
     max_header_bytes: int = Field(64 * 2**10, ge=1024, description="Largest sum of a request's headers.")

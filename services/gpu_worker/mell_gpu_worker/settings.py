@@ -84,9 +84,9 @@ class WorkerSettings(ServiceSettings):
     vllm_model: str = Field("", description="vLLM engine: the model's name there; empty: the only one served.")
     vllm_api_key: str = Field("", description="vLLM engine: key that its server asks for; better as a variable.")
     vllm_command: str = Field("", description="vLLM engine: command that starts the server; empty: it runs already.")
-    vllm_start_s: float = Field(600.0, gt=0, description="vLLM engine: longest wait for the server at start.")
+    vllm_start_s: float = Field(600.0, gt=0, description="vLLM engine: longest wait for a server that it starts.")
     vllm_away_s: float = Field(
-        5.0, ge=0, description="vLLM engine: a server silent this long loses its sequences to other workers."
+        10.0, ge=0, description="vLLM engine: a server silent this long loses its sequences to other workers."
     )
 
     fake_step_us: int = Field(0, ge=0, description="Fake engine: fixed time of a step.")

@@ -13,7 +13,8 @@ from mell_scheduler.core import MigrationSettled, SchedulerCore
 _DECISION_BUCKETS_S = (10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 50e-3, 250e-3)
 
 
-_RECENT_MOVES = 20
+_RECENT_MOVES = 64
+"""More than are begun between two looks, so that who watches sees each."""
 
 
 class Tally:

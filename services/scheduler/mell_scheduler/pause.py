@@ -65,6 +65,10 @@ class PauseMemory:
             return True
         return False
 
+    async def keep_on(self) -> None:
+        """Write a pause down again: the broker may have come back without its store."""
+        await self.keep(paused=True)
+
     async def recall(self) -> bool:
         """Return what was wanted of earlier leaders: what is kept, else what was heard. Waits for the store."""
         while self._store is not None:

@@ -31,7 +31,13 @@ from mell_scheduler.core import (
 from mell_scheduler.core.explain import explain
 from mell_scheduler.core.journal import header_line
 from mell_scheduler.core.moves import outcome_status
-from mell_scheduler.core.status import MOST_SEQUENCES, move_statuses, sequence_statuses, worker_statuses
+from mell_scheduler.core.status import (
+    MOST_SEQUENCES,
+    live_columns,
+    move_statuses,
+    sequence_statuses,
+    worker_statuses,
+)
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
@@ -53,6 +59,8 @@ from mell_shared.messages.admin import (
     AdminRefused,
     ExplainRequest,
     FailureCount,
+    Live,
+    LiveRequest,
     ModelStatus,
     MovingReply,
     MovingRequest,
@@ -173,19 +181,10 @@ class SchedulerService:
         if core is not None and not self._told_to_pause and core.moves_paused != paused:
             self._actor.post(OperatorAsked("", MovingRequest(paused=paused)))
 
-    async def _keep_on_pausing(self) -> None:
-        """Write it down again: the broker may have come back without its store."""
-        await self._pause.keep(paused=True)
-
-    def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
+    async def _keep_pause(self, answer: Answer, told: MovingReply) -> None:
         """Answer an operator when what was said is written down, or say that it is not."""
-
-        async def keep() -> None:
-            kept = await self._pause.keep(paused=told.paused)
-            await self._send(answer.handle, told.model_copy(update={"kept": kept}))
-
-        self._told_to_pause = True
-        self._actor.spawn(keep())
+        kept = await self._pause.keep(paused=told.paused)
+        await self._send(answer.handle, told.model_copy(update={"kept": kept}))
 
     def _start_ticking(self) -> None:
         self._actor.every(TICK_S, Tick)
@@ -243,8 +242,9 @@ class SchedulerService:
         return self._contest.leads() and (self._bus.connected or not isinstance(event, Tick))
 
     def _new_core(self, now_us: int) -> SchedulerCore:
-        policy = make_policy(self._settings.policy, self._settings.policy_settings())
-        return SchedulerCore(policy, self._settings.core_settings(), now_us)
+        settings = self._settings
+        policy = make_policy(settings.policy, settings.policy_settings())
+        return SchedulerCore(policy, settings.core_settings(), now_us, settings.make_shadow())
 
     async def _follow_up(self, event: Event) -> None:
         if isinstance(event, LeadershipTaken):
@@ -260,7 +260,7 @@ class SchedulerService:
             self._traces.ended()
             self._core = None
         elif isinstance(event, ConnectionRestored) and self._core is not None and self._core.moves_paused:
-            self._actor.spawn(self._keep_on_pausing())
+            self._actor.spawn(self._pause.keep_on())
         elif isinstance(event, Tick) and not self._subscriptions:
             await self._listen()
             self._actor.post(ConnectionRestored())
@@ -307,7 +307,8 @@ class SchedulerService:
             case Answer(handle=""):
                 pass  # nobody asked
             case Answer(reply=MovingReply() as told):
-                self._keep_pause(command, told)
+                self._told_to_pause = True
+                self._actor.spawn(self._keep_pause(command, told))
             case Answer():
                 await self._send(command.handle, command.reply)
             case OrderDrain():
@@ -381,11 +382,25 @@ class SchedulerService:
             await self._send(delivery.reply_to, _NOT_LEADER)
         elif isinstance(request, StatusRequest):
             await self._send(delivery.reply_to, self._status(core, sequences=request.sequences))
+        elif isinstance(request, LiveRequest):
+            await self._send(delivery.reply_to, self._live(core))
         elif isinstance(request, ExplainRequest):
             await self._send(delivery.reply_to, explain(core, request.request, self._clock.now_us()))
         else:
             self._log.info("operator", **request.model_dump())
             await self._actor.put(OperatorAsked(delivery.reply_to, request))
+
+    def _live(self, core: SchedulerCore) -> Live:
+        known = len(core.ledger.sequences) + len(core.waiting)
+        left_out = {"sequences_left_out": max(0, known - MOST_SEQUENCES)}
+        # What is made here needs no validation, which would take as long as all the rest.
+        return Live.model_construct(
+            status=self._status(core, sequences=False).model_copy(update=left_out),
+            sample_s=self._settings.epoch_s,
+            used_lately=list(core.usage.used_lately),
+            shadow_lately=list(core.usage.shadow_lately),
+            **live_columns(core),
+        )
 
     def _status(self, core: SchedulerCore, *, sequences: bool) -> Status:
         now_us = self._clock.now_us()
@@ -411,6 +426,7 @@ class SchedulerService:
             ),
             sequences=rows[:MOST_SEQUENCES],
             sequences_left_out=max(0, len(rows) - MOST_SEQUENCES),
+            gpu_use=core.usage.told(now_us),
         )
 
     def _open_event_log(self) -> EventLog | None:

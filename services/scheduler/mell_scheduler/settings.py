@@ -7,7 +7,15 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from mell_scheduler.core import CoreSettings
-from mell_scheduler.policy import DEFAULT_POLICY, POLICY_NAMES, PolicySettings, check_policy
+from mell_scheduler.policy import (
+    DEFAULT_POLICY,
+    POLICY_NAMES,
+    UNMOVED_NAMES,
+    Policy,
+    PolicySettings,
+    check_policy,
+    make_policy,
+)
 from mell_shared.settings import ServiceSettings
 
 TICK_S = 0.1
@@ -24,6 +32,10 @@ class SchedulerSettings(ServiceSettings):
     )
     policy: str = Field(
         DEFAULT_POLICY, description=f"Packing policy: {', '.join(POLICY_NAMES)}; or your own, module:class."
+    )
+    shadow_policy: str = Field(
+        "worst-fit",
+        description=f"Policy whose GPU-hours are shown beside those used: {', '.join(UNMOVED_NAMES)}; `none`: none.",
     )
     head_room: float = Field(
         0.1, ge=0, lt=1, description="Share of a worker's KV that arrivals leave for growth where nothing can be moved."
@@ -80,6 +92,13 @@ class SchedulerSettings(ServiceSettings):
         check_policy(name)
         return name
 
+    @field_validator("shadow_policy")
+    @classmethod
+    def _shadow_moves_nothing(cls, name: str) -> str:
+        if name not in (*UNMOVED_NAMES, "none"):
+            raise ValueError(f"choose one that moves nothing: {', '.join(UNMOVED_NAMES)}; or none")
+        return name
+
     @model_validator(mode="after")
     def _times_agree(self) -> Self:
         if self.queue_renew_s <= self.queue_hold_s:
@@ -116,6 +135,10 @@ class SchedulerSettings(ServiceSettings):
             link_bytes_per_s=round(self.link_mb_per_s * 1e6),
             prefill_tokens_per_s=self.prefill_tokens_per_s,
         )
+
+    def make_shadow(self) -> Policy | None:
+        """Return the policy to compare with, if there is to be one."""
+        return None if self.shadow_policy == "none" else make_policy(self.shadow_policy, self.policy_settings())
 
     def policy_settings(self) -> PolicySettings:
         """Return what the policy needs to know."""

@@ -3,11 +3,11 @@
 Each is answered within about a second; what takes longer is asked again under the same `ask`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
-from mell_shared.messages.base import Generation, Id, Message, MigrationMode
+from mell_shared.messages.base import Generation, Id, Message, MigrationMode, Uint32Column, require_equal_lengths
 
 ModeAsked = MigrationMode | Literal["auto"]
 """`auto`: as the scheduler would divide between link and prefill."""
@@ -18,6 +18,12 @@ class StatusRequest(Message):
 
     kind: Literal["status"] = "status"
     sequences: bool = False
+
+
+class LiveRequest(Message):
+    """Ask for what changes from second to second, in columns; a frontend asks once for all who watch."""
+
+    kind: Literal["live"] = "live"
 
 
 class DrainRequest(Message):
@@ -67,7 +73,7 @@ class ExplainRequest(Message):
 
 
 AdminRequest = Annotated[
-    StatusRequest | DrainRequest | UndrainRequest | MigrateRequest | MovingRequest | ExplainRequest,
+    StatusRequest | LiveRequest | DrainRequest | UndrainRequest | MigrateRequest | MovingRequest | ExplainRequest,
     Field(discriminator="kind"),
 ]
 
@@ -95,6 +101,28 @@ class WorkerStatus(Message):
     coming: int = 0
     """By moves under way."""
     migration_modes: tuple[Id, ...] = ()
+    kv_bytes_per_token: int = 0
+    """0 where it is not known."""
+
+
+class GpuUse(Message):
+    """GPU-time since this scheduler has led, beside what another policy would have needed for the same requests.
+
+    `up`: workers that are there; `used`: those that hold something; `shadow`: those that the policy compared with
+    would use. That policy is fed what was placed, how it grew and when it ended, and has as many GPUs as it likes.
+    """
+
+    since_s: float
+    up: int = 0
+    used: int = 0
+    up_gpu_s: float = 0.0
+    used_gpu_s: float = 0.0
+    shadow_policy: str = ""
+    """Empty: nothing is compared."""
+    shadow: int = 0
+    shadow_gpu_s: float = 0.0
+    shadow_preemptions: int = 0
+    """Sequences that outgrew their GPU there, and were placed anew."""
 
 
 class ModelStatus(Message):
@@ -138,13 +166,17 @@ class FailureCount(Message):
     count: int
 
 
+SequenceState = Literal["running", "placed", "moving", "waiting"]
+SEQUENCE_STATES: tuple[SequenceState, ...] = ("running", "placed", "moving", "waiting")
+
+
 class SequenceStatus(Message):
     """One sequence in a status; `placed` is not confirmed by a report yet, `waiting` has no place."""
 
     sequence: Id
     request_id: str = ""
     """The `x-request-id` of its request, where it is known."""
-    state: Literal["running", "placed", "moving", "waiting"]
+    state: SequenceState
     worker: str = ""
     target: str = ""
     tokens: int = 0
@@ -180,6 +212,44 @@ class Status(Message):
     """Failed moves since this scheduler started, by reason."""
     sequences: tuple[SequenceStatus, ...] = ()
     sequences_left_out: int = 0
+    gpu_use: GpuUse | None = None
+
+
+NOWHERE = 2**32 - 1
+"""No position in a list."""
+
+
+class Live(Message):
+    """The answer to `LiveRequest`: a status whose sequences are columns, one row each, worker by worker.
+
+    `workers` and `targets` are positions in `status.workers`, `NOWHERE` if there is none; `states` in
+    `SEQUENCE_STATES`. `used_lately` and `shadow_lately` are the GPUs in use at the last epochs, the latest last.
+    """
+
+    kind: Literal["live_reply"] = "live_reply"
+    status: Status
+    sequences: tuple[Id, ...] = ()
+    workers: Uint32Column = []
+    targets: Uint32Column = []
+    tokens: Uint32Column = []
+    blocks: Uint32Column = []
+    states: Uint32Column = []
+    sample_s: float = 1.0
+    """Time between two of the next."""
+    used_lately: Uint32Column = []
+    shadow_lately: Uint32Column = []
+
+    @model_validator(mode="after")
+    def _rows_match(self) -> Self:
+        require_equal_lengths(
+            sequences=self.sequences,
+            workers=self.workers,
+            targets=self.targets,
+            tokens=self.tokens,
+            blocks=self.blocks,
+            states=self.states,
+        )
+        return self
 
 
 class DrainRow(Message):
@@ -308,7 +378,7 @@ class AdminRefused(Message):
 
 
 AdminReply = Annotated[
-    Status | DrainReply | MigrateReply | MovingReply | Explanation | AdminRefused,
+    Status | Live | DrainReply | MigrateReply | MovingReply | Explanation | AdminRefused,
     Field(discriminator="kind"),
 ]
 

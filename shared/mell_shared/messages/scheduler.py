@@ -200,7 +200,8 @@ class MigrationFailed(Message):
     """A sequence stays at `worker`, the source, or has ended there; nothing is held for it at the target.
 
     Reasons that say something about the two workers: `unsupported`, `unreachable`, `link`, `corrupt`, `timeout`.
-    About this sequence only: `no_room`, `busy`, `unknown`, `superseded`, `ended`, `preempted`, `stopping`, `term`.
+    About this sequence only: `no_room`, `busy`, `unknown`, `superseded`, `ended`, `preempted`, `stopping`, `term`,
+    `bound` (the target's engine cannot go on with one like it).
     """
 
     kind: Literal["migration_failed"] = "migration_failed"

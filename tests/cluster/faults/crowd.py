@@ -68,6 +68,8 @@ class Crowd:
         self._leaving = threading.Event()
         self._failures: list[str] = []
         self._characters = [0] * clients
+        self._present = [0] * clients
+        """Characters of the answers under way."""
         self._threads = [threading.Thread(target=self._stream, args=(n,), daemon=True) for n in range(clients)]
 
     def __enter__(self) -> Self:
@@ -109,6 +111,10 @@ class Crowd:
         enough = self.answers + 2 * len(self._threads)
         eventually(lambda: self.well() and self.answers >= enough, "new ones are answered")
 
+    def amid_answers(self) -> None:
+        """Wait until each client is in the middle of an answer."""
+        eventually(lambda: self.well() and all(10 <= n <= TOKENS - 40 for n in self._present), "all are amid answers")
+
     def _stream(self, number: int) -> None:
         story = number
         try:
@@ -123,6 +129,7 @@ class Crowd:
         before = self._characters[number]
         while not chat.done:
             chat.read(len(chat.text) + 1)
+            self._present[number] = len(chat.text)
             self._characters[number] = before + len(chat.text)
             assert self._stories[story].startswith(chat.text), f"a wrong text: {chat.text!r}"
         assert chat.text == self._stories[story], f"not the whole text: {chat.text!r}"

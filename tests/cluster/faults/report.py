@@ -25,13 +25,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"have them, the fake engine with steps of {STEP_US // 1000} ms, {STORIES} clients (restarts: 6), each asking",
         f"for {TOKENS} tokens again and again: {answers:,} answers. One run of each.",
         "",
-        "| fault | where | its clients see | longest pause in a text | longest wait for its beginning | test |",
-        "|---|---|---|---|---|---|",
+        "| what | fault | where | its clients see | longest pause in a text | longest wait for its beginning | test |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=_order):
         pause, first = f"{row['running_s']:.1f} s", f"{row['first_s']:.1f} s"
         test = row["test"].removeprefix("tests.cluster.")
-        lines.append(f"| {row['fault']} | {row['where']} | {row['sees']} | {pause} | {first} | `{test}` |")
+        lines.append(
+            f"| {row['topic']} | {row['fault']} | {row['where']} | {row['sees']} | {pause} | {first} | `{test}` |"
+        )
     return "\n".join(lines)
 
 

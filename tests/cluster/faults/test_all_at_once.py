@@ -17,7 +17,7 @@ ASLEEP_S = 7.0
 def test_a_machine_falls_asleep_and_wakes_up(scene: Scene) -> None:
     """All stand still, the broker too; then everybody takes everybody else for lost, which costs work, not text."""
     with scene.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         assert scene.frontend is not None
         services = [scene.frontend, *scene.well, *scene.schedulers]
         os.kill(scene.stack.broker.pid, signal.SIGSTOP)
@@ -37,7 +37,7 @@ def test_all_workers_go_at_once_and_others_come(scene: Scene, how: str) -> None:
     """There is nowhere to move to: sequences wait for the next worker, and go on there with all their text."""
     old = scene.well
     with scene.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         for worker in old:
             worker.process.send_signal(signal.Signals[how])
         scene.well = [scene.worker(f"well-{n}", "--stop-deadline-s", "1") for n in (1, 2)]

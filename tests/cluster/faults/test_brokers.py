@@ -31,7 +31,7 @@ def losses(scene: Scene) -> list[int]:
 def test_a_broker_that_is_killed_comes_back(scene: Scene, wiped: bool) -> None:
     """What was lost is sent again, who leads leads on or again, also if the broker has forgotten the lease."""
     with scene.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         before = losses(scene)
         scene.stack.broker.kill()
         eventually(lambda: crowd.well() and noticed(scene, before), "all have noticed")
@@ -69,7 +69,7 @@ def test_a_broker_is_killed_in_the_middle_of_a_move(scene: Scene, point: str) ->
 def test_a_broker_that_stands_still_is_noticed(scene: Scene) -> None:
     """Connections that say nothing are given up after three pings; then it is as if it had been killed."""
     with scene.crowd() as crowd:
-        crowd.answered_anew()
+        crowd.amid_answers()
         before = losses(scene)
         os.kill(scene.stack.broker.pid, signal.SIGSTOP)
         eventually(lambda: crowd.well() and noticed(scene, before), "all have noticed")

@@ -1,7 +1,7 @@
 import httpx
 import pytest
 
-from tests.cluster.faults.crowd import ask_for
+from tests.cluster.faults.crowd import TOKENS, ask_for
 from tests.cluster.faults.rows import told
 from tests.cluster.faults.scene import Scene, freeze, is_struck, thaw, worker_id
 from tests.cluster.stack import StreamedChat, eventually
@@ -60,14 +60,16 @@ def test_a_frontend_is_killed_as_one_of_its_sequences_is_claimed(scene: Scene) -
 def test_a_frontend_stands_still_until_its_workers_have_given_it_up(scene: Scene) -> None:
     """When it goes on it has its sequences placed again, and its clients get the rest."""
     other = scene.stack.start_frontend()
-    with scene.crowd(2, other) as crowd:
-        crowd.answered_anew()
-        eventually(lambda: running(scene), "they run")
+    with scene.stack.client(other) as client:
+        chat = StreamedChat(client, 3_000, **ask_for(0))
+        chat.read(20)
+        eventually(lambda: chat.id in running(scene), "it runs")
         freeze(other)
-        eventually(lambda: not running(scene), "workers have given it up", 90)
+        eventually(lambda: chat.id not in running(scene), "its worker has given it up", 55)
         thaw(other)
-        crowd.answered_anew()
-    told("frontend", "SIGSTOP, later SIGCONT", "the only one", "nothing", __name__, crowd)
+        assert chat.read(TOKENS + 20).startswith(scene.stories[0])
+        chat.leave()
+    assert other.events("sequence_placed_again")
     scene.nothing_left()
     scene.stop(other)
 

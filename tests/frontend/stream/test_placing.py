@@ -137,6 +137,17 @@ def test_an_answer_that_helps_ends_the_count_to_the_deadline() -> None:
         asked = placement(bench.handle(answer(asked, Queued(position=1)), after_us=800 * MS_US))
 
 
+def test_a_place_that_came_to_nothing_was_an_answer_too() -> None:
+    """What was unanswered before it does not count when, after a submission that was lost, one more ask is."""
+    bench = Bench(StreamLimits(place_deadline_us=2 * SECOND_US))
+    asked = opened(bench)
+    bench.handle(PlaceFailed("s", asked.ask, "no_responder"))
+    submission = bench.place("w1", bench.handle(Ticked(), after_us=SECOND_US))
+    asked = placement(bench.handle(SubmitFailed("s", submission.ask, "timeout"), after_us=SECOND_US))
+    assert bench.handle(PlaceFailed("s", asked.ask, "timeout"), after_us=SECOND_US) == []
+    assert placement(bench.handle(Ticked(), after_us=SECOND_US)).message.generation == 2
+
+
 @pytest.mark.parametrize("reason", ["no_room", "stopping"])
 def test_a_worker_without_room_is_excluded_from_the_next_placement(reason: SubmitRefusal) -> None:
     """The next placement is a new generation, so the refused worker's can never be taken for it."""

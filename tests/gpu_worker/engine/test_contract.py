@@ -206,7 +206,8 @@ def test_grammars_are_obeyed_as_far_as_that_is_said(subject: Subject) -> None:
     each = job(PROMPT, ruled)
     subject.looks().run({"s": each}, 3)
     text = subject.decode([token for token in each.output if token != subject.end_id])
-    assert text.replace(" ", "").replace("\n", "") == "{}"
+    # A model may take its time with space between the two.
+    assert text.replace(" ", "").replace("\n", "") in ("{", "{}")
     assert subject.engine.spec.can.fault(ruled, 0) is None
     if subject.engine.spec.can.grammars == "anywhere":
         assert subject.engine.spec.can.fault(ruled, 1) is None

@@ -13,6 +13,7 @@ from rich.console import Console
 from mell_console.get import GetError, call_json, read_events
 
 M = TypeVar("M", bound=BaseModel)
+E = TypeVar("E")
 
 DONE, FAILED, NOT_YET = 0, 1, 3
 """Exit codes; 2 is a wrong command line."""
@@ -33,22 +34,24 @@ class Frontend:
 
     url: str
     admin_key: str
+    answer_s: float = _ANSWER_S
+    """How long an answer may take that needs no time."""
 
     def get(self, path: str, adapter: TypeAdapter[M]) -> M:
         """Return what a path answers; raises `AdminError`."""
-        return self._call("GET", path, None, adapter, _ANSWER_S)
+        return self._call("GET", path, None, adapter, self.answer_s)
 
     def post(self, path: str, body: dict[str, Any], adapter: TypeAdapter[M], wait_s: float = 0.0) -> M:
         """Send an order that may take `wait_s`; raises `AdminError`."""
-        return self._call("POST", path, body, adapter, _ANSWER_S + wait_s)
+        return self._call("POST", path, body, adapter, self.answer_s + wait_s)
 
-    def stream(self, path: str, model: type[M]) -> Iterator[tuple[str, M]]:
+    def stream(self, path: str, adapter: TypeAdapter[E]) -> Iterator[tuple[str, E]]:
         """Yield the id and content of the events at a path, as they come; raises `AdminError`."""
         try:
             for position, data in read_events(self._url(path), self.admin_key, _SILENCE_S):
                 if data.startswith('{"error"'):
                     raise AdminError(json.loads(data)["error"]["message"])
-                yield position, model.model_validate_json(data)
+                yield position, adapter.validate_json(data)
         except GetError as error:
             raise AdminError(_advice(error)) from error
         except ValidationError as error:

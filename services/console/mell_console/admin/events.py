@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
+from pydantic import TypeAdapter
 from rich.markup import escape
 
 from mell_console.admin.ask import DONE, AdminError, Frontend, console
 from mell_shared.events.envelope import CloudEvent
 
+_EVENT: TypeAdapter[CloudEvent] = TypeAdapter(CloudEvent)
 _AGAIN_S = 1.0
 _PATIENCE_S = 30.0
 """How long a lost frontend is asked again while events are followed."""
@@ -87,7 +89,7 @@ def _read(frontend: Frontend, wish: EventsWish) -> Iterator[CloudEvent]:
         query = {"follow": str(wish.follow).lower(), "type": wish.pattern}
         query |= {"after": position} if position else {"last": str(wish.last)}
         try:
-            for seen, event in frontend.stream(f"events?{urlencode(query)}", CloudEvent):
+            for seen, event in frontend.stream(f"events?{urlencode(query)}", _EVENT):
                 position, lost_s = seen, None
                 yield event
         except AdminError:

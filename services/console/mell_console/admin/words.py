@@ -2,7 +2,7 @@
 
 import re
 
-from mell_shared.messages.admin import MoveStatus
+from mell_shared.messages.admin import GpuUse, MoveStatus
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)")
@@ -35,6 +35,16 @@ def size(count_bytes: int) -> str:
             return f"{amount:.0f} {unit}"
         amount /= 1024
     return f"{amount:.1f} GiB"
+
+
+def hours(gpu_s: float) -> str:
+    """Return GPU-time in GPU-hours, or in GPU-seconds where that would be nothing."""
+    return f"{gpu_s / 3600:.2f} GPU-hours" if gpu_s >= 360 else f"{gpu_s:.0f} GPU-seconds"
+
+
+def saving(use: GpuUse) -> float:
+    """Return the share of GPU-time saved against the policy compared with; negative where it would need less."""
+    return 1 - use.used_gpu_s / use.shadow_gpu_s if use.shadow_gpu_s else 0.0
 
 
 def cost(move: MoveStatus) -> str:

@@ -104,5 +104,6 @@ def _on_signals(stop: asyncio.Event, stack: Stack, screen: Screen) -> None:
 def _greet(plan: StackPlan, screen: Screen) -> None:
     screen.close()
     model = plan.workers[0].served_name
-    screen.say(f"\nMell answers at {plan.url}/v1 (logs in {plan.folder}; Ctrl-C stops everything)\n")
+    screen.say(f"\nMell answers at {plan.url}/v1 (logs in {plan.folder}; Ctrl-C stops everything)")
+    screen.say(f"Watch it at {plan.url}/dashboard\n")
     screen.say(greeting(plan.url, model, plan.api_key))

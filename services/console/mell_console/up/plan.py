@@ -52,6 +52,7 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
 
     Raises `PlanError`.
     """
+    _check_servers(wish)
     _check_names(wish)
     _check_engine(wish)
     gpus = _choose_gpus(machine, wish)
@@ -75,14 +76,18 @@ def plan_workers(machine: Machine, wish: Wish) -> tuple[WorkerPlan, ...]:
     return tuple(parts)
 
 
-def _check_engine(wish: Wish) -> None:
-    """Raise `PlanError` if the engine does not run a model: it has not been started yet, so nothing is lost."""
-    if wish.engine == "torch" and FAKE_MODEL in wish.models:
-        raise PlanError(f"the model {FAKE_MODEL!r} has no weights: use --engine fake")
+def _check_servers(wish: Wish) -> None:
+    """Raise `PlanError` unless just the engine that needs servers has some: they decide how many workers there are."""
     if wish.engine == "vllm" and not wish.vllm_urls:
         raise PlanError("--engine vllm stands before servers that run already: name each with --vllm-url")
     if wish.engine != "vllm" and wish.vllm_urls:
         raise PlanError(f"--vllm-url is for --engine vllm, not for {wish.engine}")
+
+
+def _check_engine(wish: Wish) -> None:
+    """Raise `PlanError` if the engine does not run a model: it has not been started yet, so nothing is lost."""
+    if wish.engine == "torch" and FAKE_MODEL in wish.models:
+        raise PlanError(f"the model {FAKE_MODEL!r} has no weights: use --engine fake")
     others = [model for model in wish.models if model != FAKE_MODEL]
     if wish.engine == "fake" and others:
         raise PlanError(

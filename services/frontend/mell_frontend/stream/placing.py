@@ -40,6 +40,7 @@ class Placing:
             return []
         match event.reply:
             case Placed(worker=worker):
+                sequence.unanswered_since_us = None
                 return self._life.submit(sequence, worker, now_us)
             case Queued() as reply:
                 return self._queued(sequence, reply, now_us)

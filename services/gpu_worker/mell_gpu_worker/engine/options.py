@@ -39,4 +39,4 @@ class EngineOptions:
     vllm_api_key: str = ""
     vllm_command: str = ""
     vllm_start_s: float = 600.0
-    vllm_away_s: float = 5.0
+    vllm_away_s: float = 10.0

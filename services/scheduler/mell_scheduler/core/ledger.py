@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mell_scheduler.core.history import Chronicle, History, Page, What
 from mell_scheduler.core.records import Horizon, Migration, ModelRecord, SequenceRecord, WorkerRecord
+from mell_scheduler.core.shadow import Shadow
 from mell_scheduler.core.values import CoreSettings, MigrationSettled, Outcome
 from mell_scheduler.policy.base import GpuId, GpuSpec, GpuState, Item, Policy, StepProfile
 from mell_shared.messages.scheduler import MigrationCommitted, PlaceRequest, SequenceFinished, WorkerSpec
@@ -20,8 +21,9 @@ Standing = Literal["active", "draining", "drained", "standby", "silent"]
 class Ledger:
     """Soft state, rebuilt from reports. Besides it only `Intake` and `Migrations` call the policy."""
 
-    def __init__(self, policy: Policy, settings: CoreSettings) -> None:
+    def __init__(self, policy: Policy, settings: CoreSettings, shadow: Shadow | None = None) -> None:
         self._policy = policy
+        self._shadow = shadow
         self._settings = settings
         self._growth_start = min(settings.growth_start_tokens, settings.growth_limit_tokens)
         self.workers: dict[str, WorkerRecord] = {}
@@ -230,6 +232,8 @@ class Ledger:
         self.pending[request.sequence] = record
         self.refresh_closed(worker)
         self._note_placed(record, request)
+        if self._shadow is not None:
+            self._shadow.arrived(record, self._policy.spec(worker.worker_id))
         return worker
 
     def _note_placed(self, record: SequenceRecord, request: PlaceRequest) -> None:
@@ -248,6 +252,8 @@ class Ledger:
         record = SequenceRecord(sequence, generation, worker, self.model_of(worker).growth_tokens)
         self.sequences[sequence] = worker.sequences[sequence] = record
         self._policy.place(Item(sequence, 0, worker.pool), worker.worker_id)
+        if self._shadow is not None:
+            self._shadow.found(record, self._policy.spec(worker.worker_id))
         chronicle = self._note(record, "found", "its worker reports it")
         if chronicle is not None:
             chronicle.model = worker.spec.model
@@ -305,6 +311,8 @@ class Ledger:
         del self.sequences[record.sequence], record.worker.sequences[record.sequence]
         self.pending.pop(record.sequence, None)
         self._policy.depart(record.sequence)
+        if self._shadow is not None:
+            self._shadow.gone(record.sequence)
         self.refresh_closed(record.worker)
 
     def raise_other(self, worker: WorkerRecord, blocks: int) -> None:

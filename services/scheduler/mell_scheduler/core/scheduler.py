@@ -11,6 +11,8 @@ from mell_scheduler.core.operator import Operator
 from mell_scheduler.core.proof import check_ledger
 from mell_scheduler.core.records import WorkerRecord
 from mell_scheduler.core.scaling import Scaling
+from mell_scheduler.core.shadow import Shadow
+from mell_scheduler.core.usage import Usage
 from mell_scheduler.core.values import (
     Announce,
     AskReport,
@@ -53,10 +55,15 @@ class SchedulerCore:
     `now_us` is the caller's monotonic clock, in microseconds; it must not run backwards between events.
     """
 
-    def __init__(self, policy: Policy, settings: CoreSettings, now_us: int) -> None:
+    def __init__(
+        self, policy: Policy, settings: CoreSettings, now_us: int, shadow_policy: Policy | None = None
+    ) -> None:
+        """`shadow_policy` is compared with what is done; it changes no decision."""
         self.settings = settings
         self._policy = policy
-        self.ledger = Ledger(policy, settings)
+        self._shadow = None if shadow_policy is None else Shadow(shadow_policy)
+        self.ledger = Ledger(policy, settings, self._shadow)
+        self.usage = Usage(self.ledger, self._shadow, now_us)
         self.waiting = WaitingQueue(settings.queue_hold_us, settings.queue_renew_us)
         self.scaling = Scaling(self.ledger, self.waiting, policy)
         self._intake = Intake(self.ledger, policy, settings)
@@ -253,7 +260,9 @@ class SchedulerCore:
             commands += self._serve(model)
         for entry in self.waiting.held_too_long(self._now_us):
             commands.append(entry.answer(Queued(position=self.waiting.position(entry))))
-        return [*commands, *self._operator.passed(self._now_us), *self._epoch()]
+        commands += [*self._operator.passed(self._now_us), *self._epoch()]
+        self.usage.passed()
+        return commands
 
     def _epoch(self) -> list[Command]:
         """The moves of an epoch, when one is due, and how many workers there should be."""
@@ -262,7 +271,9 @@ class SchedulerCore:
             return []
         interval_us = self.settings.epoch_us
         self.ledger.plan_us += (late_us // interval_us + 1) * interval_us
-        return [*self._migrations.plan(self._now_us), *self.scaling.review()]
+        planned = self._migrations.plan(self._now_us)
+        self.usage.review(self._now_us)
+        return [*planned, *self.scaling.review()]
 
     def _ended(self) -> list[Command]:
         """Whoever waits asks again at once, and so reaches the next leader."""
@@ -274,6 +285,8 @@ class SchedulerCore:
     def check(self) -> None:
         """Re-derive every index and assert that all agree. For tests; slow."""
         check_ledger(self.ledger, self._policy, self.settings.tpot_target_us)
+        if self._shadow is not None:
+            self._shadow.check(self.ledger.sequences)
         self.waiting.check()
         assert len(self.waiting) <= self.settings.queue_limit, "the queue is over its bound"
         self._dispatcher.check()

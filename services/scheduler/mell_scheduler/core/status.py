@@ -1,15 +1,18 @@
 """The cluster as the core sees it, as operators read it."""
 
 from collections import Counter
+from typing import Any
 
 from mell_scheduler.core.moves import as_status
 from mell_scheduler.core.records import SequenceRecord, WorkerRecord
 from mell_scheduler.core.scheduler import SchedulerCore
 from mell_scheduler.core.waiting import Waiting
-from mell_shared.messages.admin import MoveStatus, SequenceStatus, WorkerStatus
+from mell_shared.messages.admin import NOWHERE, SEQUENCE_STATES, MoveStatus, SequenceStatus, WorkerStatus
 
 MOST_SEQUENCES = 5_000
 """Rows of a status; a message has its limit."""
+
+_RANKS = {state: rank for rank, state in enumerate(SEQUENCE_STATES)}
 
 
 def worker_statuses(core: SchedulerCore, now_us: int) -> tuple[WorkerStatus, ...]:
@@ -76,4 +79,34 @@ def _status(core: SchedulerCore, worker: WorkerRecord, now_us: int) -> WorkerSta
         report_age_s=(now_us - worker.heard_us) / 1_000_000,
         sequences=worker.load,
         migration_modes=worker.modes,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
     )
+
+
+def live_columns(core: SchedulerCore) -> dict[str, Any]:
+    """Return the sequences as the columns of a `Live`, in the order of `sequence_statuses`.
+
+    One that no report tells of yet has the blocks that its tokens will need.
+    """
+    positions = {name: position for position, name in enumerate(core.ledger.workers)}
+    rows = [
+        (
+            record.sequence,
+            positions[record.worker.worker_id],
+            positions[record.migration.target] if record.migration else NOWHERE,
+            record.tokens,
+            record.blocks or -(-record.tokens // record.worker.block_tokens),
+            _RANKS[record.state],
+        )
+        for worker in core.ledger.workers.values()
+        for record in worker.sequences.values()
+    ]
+    waiting = [
+        (entry.request.sequence, NOWHERE, NOWHERE, entry.request.prompt_tokens, 0, _RANKS["waiting"])
+        for entry in core.waiting.everybody()
+    ]
+    if not rows and not waiting:
+        return {}
+    sequences, *columns = zip(*(rows + waiting)[:MOST_SEQUENCES], strict=True)
+    names = ("workers", "targets", "tokens", "blocks", "states")
+    return {"sequences": sequences, **{name: list(column) for name, column in zip(names, columns, strict=True)}}

@@ -46,6 +46,8 @@ _FIXED_RULES: dict[str, str] = {
 """How policies that count on moves place where there are none: so none is worse there than that baseline."""
 
 POLICY_NAMES: tuple[str, ...] = tuple(_RULES)
+UNMOVED_NAMES = ("worst-fit", "best-fit", "first-fit", "round-robin")
+"""Those that never move anything."""
 DEFAULT_POLICY = "repack"
 
 
@@ -71,4 +73,13 @@ def make_policy(name: str, settings: PolicySettings | None = None) -> Policy:
     return PackingPolicy(name, cluster, rule, rule if fixed is None else _RULES[fixed](cluster, chosen))
 
 
-__all__ = ["DEFAULT_POLICY", "POLICY_NAMES", "Policy", "PolicySettings", "check_policy", "is_own", "make_policy"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "POLICY_NAMES",
+    "UNMOVED_NAMES",
+    "Policy",
+    "PolicySettings",
+    "check_policy",
+    "is_own",
+    "make_policy",
+]

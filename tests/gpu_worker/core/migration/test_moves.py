@@ -16,6 +16,7 @@ from mell_gpu_worker.core.commands import (
 )
 from mell_gpu_worker.core.events import (
     AskFailure,
+    BlocksSent,
     CommandReceived,
     FrontendAnswered,
     FrontendUnanswered,
@@ -589,6 +590,40 @@ def test_a_target_that_does_not_get_on_is_told_to_stop_and_sent_the_rest() -> No
     assert only(OpenLink, told) == [OpenLink("m1", "there", b"s", 99, MoveLimits().link_us)]
     (send,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
     assert [slot for slot, _ in send.blocks] == [1, 2]
+
+
+@pytest.mark.parametrize(("took_us", "timeout_us"), [(900, 1_000_000), (2_500_000, 4_000_000), (9_000_000, 5_000_000)])
+def test_the_last_blocks_are_waited_for_as_long_as_those_before_let_expect(took_us: int, timeout_us: int) -> None:
+    """The sequence stands still meanwhile: a target that has just stopped is given up soon."""
+    source = world()
+    source.ask(submit("a", LONG[:22], max_tokens=40))
+    source.finish_step()
+    source.ask(migrate())
+    room = KvReserved(held_tokens=0, slots=14, address="there", secret=b"s", size_bytes=99, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    (first,) = only(SendBlocks, source.tell(LinkOpened("m1")) + source.finish_step())
+    assert first.timeout_us == MoveLimits().send_us
+    told = source.tell(BlocksSent("m1", 24, took_us))
+    while not (tail := only(SendBlocks, told)):
+        told = source.finish_step()
+    assert [(len(send.blocks), send.timeout_us) for send in tail] == [(1, timeout_us)]
+
+
+def test_where_only_ids_move_a_target_that_does_not_get_on_is_waited_for() -> None:
+    """Its progress may not be seen, as at an engine that prefills whole prompts: only the move's own time ends that."""
+    source = world(migration_modes=("tokens",))
+    source.ask(submit("a", b"1234567890", max_tokens=40))
+    source.finish_step()
+    source.ask(migrate(mode="tokens"))
+    room = KvReserved(held_tokens=0, slots=14, address="", secret=b"", size_bytes=0, step_tokens=8)
+    source.tell(PeerAnswered("w2", asked_of_peer(source)[0].message, room))
+    for _ in range(12):
+        question = asked_of_peer(source)[-1].message
+        assert isinstance(question, ExtendKv)
+        source.tell(PeerAnswered("w2", question, CaughtUp(computed_tokens=0)))
+    assert not failures(source)
+    source.tell(TimePassed(), after_us=MoveLimits().move_us)
+    assert failures(source) == ["timeout"]
 
 
 @pytest.mark.parametrize("failure", ["timeout", "no_responder", "disconnected", "invalid"])

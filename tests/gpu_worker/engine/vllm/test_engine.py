@@ -7,19 +7,16 @@ import pytest
 
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import EngineAwayError, EngineError
-from mell_shared.messages.sampling import SamplingParams
-from tests.gpu_worker.engine.looks import Job, Looks, job
+from mell_gpu_worker.engine.vllm.engine import VllmEngine
+from mell_shared.messages.sampling import Grammar, SamplingParams
+from tests.gpu_worker.engine.looks import Looks, job
 from tests.vllm_server import FakeVllm, expected
 
 from .conftest import StartEngine
 
 PROMPT = list(b"Once upon a time")
 GREEDY = SamplingParams(temperature=0, seed=0, ignore_eos=True)
-
-
-def row(each: Job) -> StepRow:
-    """The whole of a sequence."""
-    return StepRow("s", each.ids, each.prompt_tokens, each.computed, len(each.ids), [0], each.sampling)
+OBJECT = '{"grammars": [{"json_schema": {"type": "object", "properties": {}, "additionalProperties": false}}]}'
 
 
 def test_several_tokens_at_once_are_taken_one_by_one(server: FakeVllm, start_engine: StartEngine) -> None:
@@ -74,17 +71,30 @@ def test_an_answer_that_breaks_off_is_asked_for_again(server: FakeVllm, start_en
     assert [len(body["prompt"]) - len(PROMPT) for body in server.seen.bodies] == [0, 3, 6, 9, 12, 15, 18]
 
 
+def test_structured_output_that_breaks_off_is_not_begun_anew(server: FakeVllm, start_engine: StartEngine) -> None:
+    """The server would write the whole again behind the half that is delivered: the sequence fails instead."""
+    server.knobs.cut_after = 1
+    each = job(PROMPT, GREEDY.model_copy(update={"grammar": Grammar(text=OBJECT), "ignore_eos": False}))
+    looks = Looks(start_engine())
+    looks.run({"s": each}, 20)
+    assert (bytes(each.output), each.end) == (b"{", None)
+    assert "structured output" in each.failure
+    resumed = job(PROMPT, each.sampling, each.output)
+    looks.run({"resumed": resumed}, 20)
+    assert "structured output" in resumed.failure, "as after a preemption"
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
         ({"cut_after": 0}, "broke off 5 times"),
         ({"status": 500}, "broke off 5 times"),
         ({"status": 429}, "broke off 5 times"),
-        ({"status": 400}, "refuses it: it is not well"),
+        ({"status": 400}, "refused: it is not well"),
         ({"says": "nonsense"}, "no JSON"),
         ({"says": '{"choices": [{"token_ids": [1, -2]}]}'}, "token ids that are none"),
         ({"says": '{"choices": [{"token_ids": [1, 2, 3, 4, 5, 6]}]}'}, "more tokens than were asked for"),
-        ({"says": '{"error": {"message": "no", "code": 422}}'}, "refuses it: no"),
+        ({"says": '{"error": {"message": "no", "code": 422}}'}, "refused: no"),
         ({"says": "x" * (1 << 25)}, "a line that does not end"),
     ],
 )
@@ -151,6 +161,29 @@ def test_a_server_that_stays_away_is_said_to_be(server: FakeVllm, start_engine: 
     engine.measure()
 
 
+def test_a_server_whose_tokens_come_is_there(server: FakeVllm, start_engine: StartEngine) -> None:
+    """However slow it is to say so: nobody is sent away from a server that serves."""
+    engine = start_engine(vllm_away_s=50.0)
+    Looks(engine).run({"s": job(PROMPT, GREEDY)}, 2)
+    server.knobs.health = 503
+    engine._seen_s -= 100.0
+    assert engine.measure().blocks == 256
+    engine.rest()
+    server.until(lambda: server.seen.running == 0)
+    engine._streaming.heard_s -= 100.0
+    with pytest.raises(EngineAwayError):
+        engine.measure()
+
+
+def test_a_password_is_not_shown(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Neither in status nor in what is wrong."""
+    url = server.url.replace("://", "://me:secret@")
+    assert start_engine(vllm_url=url).spec.device == server.url.removeprefix("http://")
+    with pytest.raises(EngineError) as error:
+        start_engine(vllm_url=url, vllm_model="other")
+    assert "secret" not in str(error.value)
+
+
 def test_a_server_that_comes_back_as_another_ends_the_worker(server: FakeVllm, start_engine: StartEngine) -> None:
     """What schedulers and frontends were told of it does not hold any more."""
     engine = start_engine()
@@ -174,25 +207,31 @@ def test_memory_is_measured(server: FakeVllm, start_engine: StartEngine) -> None
     assert measured.step_us >= 2000
 
 
+LONGER = PROMPT * 4
+"""Four of the server's blocks."""
+
+
+def warm(engine: VllmEngine, count: int) -> None:
+    """Let the first `count` tokens of a sequence that may come be prefilled."""
+    while engine.execute([StepRow("s", LONGER, len(LONGER), 0, count, range(4), None)]).pending:
+        pass
+
+
 def test_prefill_for_who_may_come_warms_the_servers_cache(server: FakeVllm, start_engine: StartEngine) -> None:
-    """One token that nobody gets; the row is pending until then. A longer prefix is asked for after the shorter one."""
+    """One token that nobody gets, the row pending until then; whole blocks only, each once."""
     engine = start_engine()
-    each = job(PROMPT, GREEDY)
-    rows = [StepRow("s", each.ids, each.prompt_tokens, 0, count, [0], None) for count in (4, 8)]
-    for part in rows:
-        while engine.execute([part]).pending:
-            pass
-    assert [(len(body["prompt"]), body["max_tokens"]) for body in server.seen.bodies] == [(4, 1), (8, 1)]
+    for count in (10, 20, 25, 40, 63):
+        warm(engine, count)
+    assert [(len(body["prompt"]), body["max_tokens"]) for body in server.seen.bodies] == [(16, 1), (32, 1), (48, 1)]
+    each = job(LONGER, GREEDY)
     Looks(engine).run({"s": each}, 3)
-    assert each.output == expected(PROMPT, 3)
+    assert each.output == expected(LONGER, 3)
 
 
 def test_nothing_is_warmed_without_a_cache(server: FakeVllm, start_engine: StartEngine) -> None:
     """Then the whole sequence is computed when it runs, and a move is not held up."""
     server.knobs.prefix_cache = False
-    engine = start_engine()
-    each = job(PROMPT, GREEDY)
-    assert not engine.execute([StepRow("s", each.ids, each.prompt_tokens, 0, 4, [0], None)]).pending
+    warm(start_engine(), 40)
     assert server.seen.bodies == []
 
 
@@ -200,9 +239,8 @@ def test_a_prefill_that_fails_costs_only_time(server: FakeVllm, start_engine: St
     """It counts as done: what is missing is computed when the sequence runs."""
     engine = start_engine()
     server.stop()
-    each = job(PROMPT, GREEDY)
-    while engine.execute([StepRow("s", each.ids, each.prompt_tokens, 0, 4, [0], None)]).pending:
-        pass
+    warm(engine, 40)
     server.restart()
+    each = job(LONGER, GREEDY)
     Looks(engine).run({"s": each}, 3)
-    assert each.output == expected(PROMPT, 3)
+    assert each.output == expected(LONGER, 3)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 _FEW_TOKENS = 8
 """So few more in the target's first step are as good as none."""
+_SLOWER = 8
+"""How many times as long as those before, for its size, the tail may take."""
 _STALLS = 4
 """Answers without any progress before prefill at the target is given up."""
 
@@ -47,6 +49,13 @@ class Copying:
         blocks = range(self.sent, min(self.sweep_end, self.sent + most))
         self.sending = max(self.sent, blocks.stop)
         return blocks
+
+    def tail_timeout_us(self, blocks: int, least_us: int, most_us: int) -> int:
+        """Return how long the last blocks may take: as those before would have let expect, within bounds."""
+        sent = self.sent - self.first
+        if not sent:
+            return most_us
+        return min(most_us, max(least_us, _SLOWER * self.took_us * blocks // sent))
 
     def confirm(self, size_bytes: int, took_us: int) -> None:
         """Take note that what was under way is in place."""

@@ -20,7 +20,9 @@ class MoveLimits:
     send_us: int = 10_000_000
     """For one round of blocks while the sequence decodes."""
     tail_us: int = 5_000_000
-    """For the last blocks, while it stands still."""
+    """For the last blocks, while it stands still, where nothing is known of the link yet."""
+    tail_least_us: int = 1_000_000
+    """For the last blocks where those before them went fast."""
     ask_pause_us: int = 50_000
     """Between repeats of a claim or abort."""
     ask_us: int = 5_000_000

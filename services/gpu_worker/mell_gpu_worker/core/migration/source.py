@@ -184,6 +184,10 @@ class Source:
         if "kv" in self._spec.migration_modes:
             move.freezing = True
             return []
+        assert move.catching is not None
+        if not move.catching.reached:
+            # Slow or not to be seen, but there is no other way: until the move itself takes too long.
+            return []
         return self._apply(move, SourceEvent.REFUSED, now_us, "timeout", "the target's prefill does not catch up")
 
     # --- what the link and the frontend say
@@ -295,7 +299,10 @@ class Source:
         table = [move.sequence.blocks[block] for block in blocks]
         self._batcher.loans.lend(move.migration, table)
         slots = tuple(zip((block - move.first_slot_block for block in blocks), table, strict=True))
-        return [SendBlocks(move.migration, slots, limits.tail_us if last else limits.send_us)]
+        timeout_us = limits.send_us
+        if last:
+            timeout_us = copying.tail_timeout_us(len(blocks), limits.tail_least_us, limits.tail_us)
+        return [SendBlocks(move.migration, slots, timeout_us)]
 
     def _tell(self, move: Outgoing) -> list[Command]:
         """Tell ids, and ask how far the target is, while there is anything to wait for."""

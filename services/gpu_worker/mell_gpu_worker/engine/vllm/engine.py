@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -55,7 +56,7 @@ class VllmEngine:
         self._open: dict[str, Stream | WarmUp] = {}
         model, cache = parts.facts.model, parts.facts.cache
         self._streaming = Streaming(parts.server, model, spec.max_model_len, spec.vocab_size, self._news.set)
-        self._warm_ups = WarmUps(parts.server, model, self._news.set, useful=cache.prefix_cache)
+        self._warm_ups = WarmUps(parts.server, parts.facts, self._news.set)
         self._cache = cache
         self._seen_s = time.monotonic()
         self._missed = False
@@ -90,9 +91,11 @@ class VllmEngine:
         """Let the server work on a row, unless it does already."""
         work = self._open.get(row.sequence)
         if row.sampling is None:
-            if not isinstance(work, WarmUp) or (work.ready and len(work.ids) < row.start + row.count):
+            older = work if isinstance(work, WarmUp) else None
+            if older is None or (older.ready and older.tokens < row.start + row.count):
+                warm_up = self._warm_ups.begin(row.token_ids, row.start + row.count, older)
                 self._drop(row.sequence)
-                self._open[row.sequence] = warm_up = self._warm_ups.begin(row.token_ids[: row.start + row.count])
+                self._open[row.sequence] = warm_up
                 self._parts.loop.call(self._warm_ups.open, warm_up)
         elif not isinstance(work, Stream) or not work.follows(row.token_ids):
             self._drop(row.sequence)
@@ -103,11 +106,10 @@ class VllmEngine:
 
     def _collect(self, place: int, row: StepRow, result: StepResult, pending: set[int]) -> SampledToken | None:
         work = self._open[row.sequence]
-        if not work.ready or (isinstance(work, WarmUp) and len(work.ids) < row.start + row.count):
+        if not work.ready or (isinstance(work, WarmUp) and work.tokens < row.start + row.count):
             pending.add(place)
             return None
         if isinstance(work, WarmUp):
-            self._drop(row.sequence)
             return None
         token = None
         if work.fresh:
@@ -148,10 +150,13 @@ class VllmEngine:
             self._seen_s, self._missed = time.monotonic(), False
         except UNREACHABLE as error:
             self._missed = True
-            silent_s = time.monotonic() - self._seen_s
+            # A busy server may be slow to say how it is while its tokens come.
+            silent_s = time.monotonic() - max(self._seen_s, self._streaming.heard_s)
             if silent_s >= self._options.vllm_away_s:
                 why = str(error) or type(error).__name__
-                raise EngineAwayError(f"no answer from {self._parts.server.url} for {silent_s:.0f} s: {why}") from error
+                raise EngineAwayError(
+                    f"no answer from {self._parts.server.name} for {silent_s:.0f} s: {why}"
+                ) from error
         self._check_progress()
         cache, step_us = self._cache, round(self._streaming.token_s * 1e6)
         return PoolMeasured(cache.blocks, cache.used_blocks, cache.waiting, step_us)
@@ -159,7 +164,7 @@ class VllmEngine:
     async def _look(self) -> CacheState:
         if self._missed and not await self._parts.server.is_still(self._parts.facts):
             raise EngineError(
-                f"the vLLM server at {self._parts.server.url} came back with another model, length or block size: "
+                f"the vLLM server at {self._parts.server.name} came back with another model, length or block size: "
                 "start the worker anew"
             )
         return await self._parts.server.cache()
@@ -168,7 +173,7 @@ class VllmEngine:
         heard_s = max((work.heard_s for work in list(self._open.values())), default=None)
         if heard_s is not None and time.monotonic() - heard_s > self._options.step_timeout_s:
             raise EngineAwayError(
-                f"no token from {self._parts.server.url} for {self._options.step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)"
+                f"no token from {self._parts.server.name} for {self._options.step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)"
             )
 
     def _check_process(self) -> None:
@@ -195,16 +200,16 @@ def start_vllm_engine(options: EngineOptions) -> VllmEngine:
     loop, server = LoopThread(), Server(options)
     try:
         facts = loop.run(_arrive(server, process, options), options.vllm_start_s + _FACTS_S)
-        spec = _spec(options, facts, server.url)
+        spec = _spec(options, facts, server.name)
     except UNREACHABLE as error:
         _close(loop, server, process)
         why = str(error) or type(error).__name__
-        raise EngineError(f"no vLLM server answers at {server.url} ({why}): start one, or set --vllm-url") from error
+        raise EngineError(f"no vLLM server answers at {server.name} ({why}): start one, or set --vllm-url") from error
     except EngineError:
         _close(loop, server, process)
         raise
     structlog.get_logger().info(
-        "vllm_server", url=server.url, version=facts.version, model=facts.model, prefix_cache=facts.cache.prefix_cache
+        "vllm_server", url=server.name, version=facts.version, model=facts.model, prefix_cache=facts.cache.prefix_cache
     )
     return VllmEngine(spec, _Parts(loop, server, process, facts), options)
 
@@ -239,7 +244,7 @@ def _spec(options: EngineOptions, facts: ServerFacts, url: str) -> EngineSpec:
     vocab_size, eos = _vocabulary(options)
     return EngineSpec(
         name="vllm",
-        device=url.partition("://")[2],
+        device=urlsplit(url).netloc,
         kv_layout="vllm",
         max_model_len=options.max_model_len or facts.max_model_len,
         vocab_size=vocab_size,

@@ -41,6 +41,9 @@ class Server:
 
     def __init__(self, options: EngineOptions) -> None:
         self.url = options.vllm_url.rstrip("/")
+        scheme, found, rest = self.url.rpartition("://")
+        self.name = scheme + found + rest.rpartition("@")[2]
+        """The address without a password, for logs."""
         self._options = options
         self._session: aiohttp.ClientSession | None = None
 
@@ -102,10 +105,10 @@ class Server:
         if len(found) != 1:
             names = ", ".join(str(card.get("id")) for card in cards) or "none"
             text = f"has no model {wanted!r}, it has: {names}" if wanted else f"serves several models: {names}"
-            raise EngineError(f"the vLLM server at {self.url} {text}; set --vllm-model")
+            raise EngineError(f"the vLLM server at {self.name} {text}; set --vllm-model")
         length = found[0].get("max_model_len")
         if not isinstance(length, int) or length < 1:
-            raise EngineError(f"the server at {self.url} tells no max_model_len: it is no vLLM server; set --vllm-url")
+            raise EngineError(f"the server at {self.name} tells no max_model_len: it is no vLLM server; set --vllm-url")
         return str(found[0]["id"]), length
 
     async def is_still(self, facts: ServerFacts) -> bool:
@@ -121,7 +124,7 @@ class Server:
             return read_metrics(await self._ask("/metrics"))
         except (NoMetricsError, ValueError) as error:
             raise EngineError(
-                f"the metrics of the vLLM server at {self.url} lack {error}: start it without --disable-log-stats"
+                f"the metrics of the vLLM server at {self.name} lack {error}: start it without --disable-log-stats"
             ) from error
 
     async def _probe(self, model: str, version: str) -> bool:
@@ -131,7 +134,7 @@ class Server:
         ids = (said.get("choices") or [{}])[0].get("token_ids")
         if not isinstance(ids, list) or len(ids) != 1:
             raise EngineError(
-                f"the vLLM server at {self.url} ({version}) gives no token ids: it must be version 0.10.2 or newer"
+                f"the vLLM server at {self.name} ({version}) gives no token ids: it must be version 0.10.2 or newer"
             )
         more = {"logprobs": MOST_LOGPROBS, "return_tokens_as_token_ids": True}
         try:
@@ -144,7 +147,7 @@ class Server:
         async with asyncio.timeout(_PROBE_S), self.complete(body) as response:
             said = await _json_of(response)
             if response.status != 200:
-                raise EngineError(f"the vLLM server at {self.url} refuses a completion: {error_text(said)}")
+                raise EngineError(f"the vLLM server at {self.name} refuses a completion: {error_text(said)}")
             return said
 
     async def _json(self, path: str) -> dict[str, Any]:
@@ -159,10 +162,10 @@ class Server:
 
     def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status in (401, 403):
-            raise EngineError(f"the vLLM server at {self.url} asks for another API key: set MELL_VLLM_API_KEY")
+            raise EngineError(f"the vLLM server at {self.name} asks for another API key: set MELL_VLLM_API_KEY")
         if response.status == 404:
             path = response.url.path
-            raise EngineError(f"there is no {path} at {self.url}: set --vllm-url to a vLLM server, without a path")
+            raise EngineError(f"there is no {path} at {self.name}: set --vllm-url to a vLLM server, without a path")
         response.raise_for_status()
 
 

@@ -79,6 +79,8 @@ class Streaming:
         self._told = told
         self.token_s = 0.0
         """Mean time between two tokens of a stream; 0: not known."""
+        self.heard_s = 0.0
+        """When any of them brought a token last."""
         self._bug: BaseException | None = None
 
     def open(self, stream: Stream) -> None:
@@ -114,7 +116,7 @@ class Streaming:
             except _BrokenError:
                 attempts += 1
             except RefusedError as error:
-                stream.failure = f"the vLLM server refuses it: {error}"
+                stream.failure = f"refused: {error}"
                 break
             except WrongAnswerError as error:
                 stream.failure = f"the vLLM server answered with {error}"
@@ -130,6 +132,9 @@ class Streaming:
 
     async def _follow(self, stream: Stream) -> None:
         """Read one answer to its end, or raise why there is none."""
+        if stream.sampling.grammar is not None and len(stream.ids) > stream.prompt_tokens:
+            # The server would begin it anew: after a broken connection, or a preemption, two halves of no whole.
+            raise RefusedError("structured output cannot go on after what is there already")
         body = completion_request(self._model, stream.ids, stream.prompt_tokens, stream.sampling, self._max_model_len)
         longest = len(stream.ids) + body["max_tokens"]
         async with self._server.complete(body) as response:
@@ -156,7 +161,7 @@ class Streaming:
             raise _BrokenError
 
     def _time(self, stream: Stream, tokens: int) -> None:
-        now_s = time.monotonic()
+        self.heard_s = now_s = time.monotonic()
         if stream.token_s:
             each_s = (now_s - stream.token_s) / tokens
             self.token_s += 0.05 * (each_s - self.token_s) if self.token_s else each_s

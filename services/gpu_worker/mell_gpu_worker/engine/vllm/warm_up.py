@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mell_gpu_worker.engine.vllm.api import warm_up_request
-from mell_gpu_worker.engine.vllm.server import UNREACHABLE, Server
+from mell_gpu_worker.engine.vllm.server import UNREACHABLE, Server, ServerFacts
 
 
 @dataclass(slots=True, eq=False)
 class WarmUp:
-    """The first `len(ids)` tokens of a sequence on their way into the cache; `ready` once they are or cannot be."""
+    """The first `tokens` tokens of a sequence on their way into the cache; `ready` once they are or cannot be.
+
+    A cache holds whole blocks only: `ids` are those.
+    """
 
     ids: Sequence[int]
+    tokens: int
     opened_s: float
     ready: bool = False
     task: asyncio.Task[None] | None = None
@@ -28,15 +32,17 @@ class WarmUp:
 class WarmUps:
     """Runs them against one server, on one event loop."""
 
-    def __init__(self, server: Server, model: str, told: Callable[[], None], *, useful: bool) -> None:
+    def __init__(self, server: Server, facts: ServerFacts, told: Callable[[], None]) -> None:
         self._server = server
-        self._model = model
+        self._model = facts.model
         self._told = told
-        self._useful = useful
+        self._block_tokens = facts.cache.block_tokens if facts.cache.prefix_cache else 0
 
-    def begin(self, ids: Sequence[int]) -> WarmUp:
-        """Return one that is to be opened on the loop, unless it is ready at once: a server may have no such cache."""
-        return WarmUp(ids, time.monotonic(), ready=not self._useful)
+    def begin(self, ids: Sequence[int], tokens: int, older: WarmUp | None) -> WarmUp:
+        """Return one to be opened on the loop; it is ready at once if no block is full that was not in `older`."""
+        whole = tokens - tokens % self._block_tokens if self._block_tokens else 0
+        known = len(older.ids) if older is not None else 0
+        return WarmUp(ids[:whole], tokens, time.monotonic(), ready=whole <= known)
 
     def open(self, warm_up: WarmUp) -> None:
         """Begin; to be called on the loop."""

@@ -1,0 +1,1 @@
+"""`mell top`: the cluster in a terminal, from second to second."""

@@ -1,0 +1,276 @@
+"""The dashboard in a real browser, on real processes: it loads, updates, gives orders, and comes back after trouble."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+
+from tests.cluster.stack import Service, Stack, StreamedChat
+from tests.dashboard.browser import CHROMIUM, NO_CHROMIUM, chromium
+
+pytestmark = [
+    pytest.mark.connected,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM),
+]
+
+FLAGS = ("--fake-kv-bytes-per-token", "4096", "--lane-probes", "0", "--transport", "tcp")
+PATIENCE_MS = 60_000
+"""Only ends a test that has failed."""
+KEY = "a secret of operators"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A broker, and two workers that can move sequences."""
+    with Stack(tmp_path_factory.mktemp("dashboard")) as stack:
+        workers = [stack.start_worker(name, *FLAGS, step_us=40_000) for name in ("one", "two")]
+        for worker in workers:
+            worker.ready()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def schedulers(stack: Stack) -> list[Service]:
+    """The schedulers so far; the last one runs."""
+    started = [stack.start_scheduler()]
+    started[0].ready()
+    return started
+
+
+@pytest.fixture(scope="module")
+def frontend(stack: Stack, schedulers: list[Service]) -> Service:
+    """The frontend, which asks operators for a key, and tells its watchers more often than usual."""
+    flags = ("--admin-key", KEY, "--live-interval-s", "0.3")
+    service = stack.start("mell_frontend", "--models", "fake", "--port", "0", *flags)
+    service.ready()
+    return service
+
+
+@pytest.fixture(scope="module")
+def client(stack: Stack, frontend: Service) -> Iterator[httpx.Client]:
+    """A client of the frontend."""
+    with stack.client(frontend) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def context(browser: Browser, frontend: Service) -> Iterator[BrowserContext]:
+    """A fresh profile."""
+    context = browser.new_context(base_url=frontend.ready()["url"], viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def faults() -> list[str]:
+    """What a page complained of."""
+    return []
+
+
+@pytest.fixture
+def page(context: BrowserContext, faults: list[str]) -> Page:
+    """The dashboard, with the key given."""
+    page = context.new_page()
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if "Content Security" in message.text else None)
+    page.goto("/dashboard")
+    page.get_by_label("Key", exact=True).fill(KEY)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#link-text")).to_have_text("live")
+    return page
+
+
+@pytest.fixture
+def answer(client: httpx.Client) -> Iterator[StreamedChat]:
+    """A request that runs for as long as the test does."""
+    answer = StreamedChat(client, 3_000)
+    answer.read(5)
+    yield answer
+    answer.leave()
+
+
+def card(page: Page, text: str) -> str:
+    """The name of the worker whose card says something."""
+    found = page.locator(".gpu", has_text=text).first
+    expect(found).to_be_visible()
+    return found.locator(".name").inner_text()
+
+
+def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, faults: list[str]) -> None:
+    """Both workers, empty at first; a request that begins, and ends, without anybody touching the page."""
+    expect(page.locator(".gpu .name")).to_have_text(["one", "two"])
+    expect(page.locator("#used")).to_have_text("0")
+    answer = StreamedChat(client, 3_000)
+    answer.read(5)
+    expect(page.locator(".gpu", has_text="1 running")).to_have_count(1)
+    expect(page.locator("#used")).to_have_text("1")
+    expect(page.locator("#shadow-name")).to_have_text("worst-fit: 1")
+    expect(page.locator("#rate")).not_to_have_text("0")
+    expect(page.locator("#ttft-note")).to_contain_text("median")
+    assert page.evaluate(
+        "document.getElementById('canvas').getContext('2d').getImageData(0, 0, 900, 200).data.some(x => x)"
+    )
+    answer.leave()
+    expect(page.locator("#used")).to_have_text("0")
+    assert faults == []
+
+
+def test_it_drains_by_its_buttons(page: Page, answer: StreamedChat, faults: list[str]) -> None:
+    """The plan first; then the request moves while it runs, the worker is empty, and comes back when it may."""
+    name = card(page, "1 running")
+    page.locator(".gpu", has_text=name).click()
+    panel = page.get_by_role("complementary")
+    expect(panel.get_by_role("heading", name=name)).to_be_focused()
+    panel.get_by_role("button", name="Drain…").click()
+    expect(panel.locator("#plan-text")).to_contain_text("1 request would move while running")
+    expect(page.locator('.gpu[data-state="active"] .name')).to_have_text(name)
+    panel.get_by_role("button", name="Drain now").click()
+    expect(page.locator('.gpu[data-state="drained"] .name')).to_have_text(name)
+    assert card(page, "1 running") != name
+    row = page.locator("#moves tr").first
+    expect(row).to_contain_text("committed")
+    expect(row).to_contain_text("drain")
+    answer.read(len(answer.text) + 20)
+    panel.get_by_role("button", name="Undrain").click()
+    expect(page.locator('.gpu[data-state="standby"] .name')).to_have_text(name)
+    assert faults == []
+
+
+def test_it_moves_a_request(page: Page, answer: StreamedChat) -> None:
+    """Picked in its GPU's panel, which also tells why it is there."""
+    name = card(page, "1 running")
+    page.locator(".gpu", has_text=name).click()
+    page.locator("#panel-rows .pick").click()
+    page.get_by_role("button", name="Why here?").click()
+    expect(page.locator("#story li").first).to_contain_text("placed")
+    page.locator("#mover-mode").select_option("tokens")
+    page.get_by_role("button", name="Move", exact=True).click()
+    expect(page.locator("#toasts")).to_contain_text("has moved")
+    expect(page.locator("#moves tr").first).to_contain_text("manual")
+    expect(page.locator(".gpu", has_text="1 running").locator(".name")).not_to_have_text(name)
+    answer.read(len(answer.text) + 20)
+
+
+def test_it_pauses_moving(page: Page) -> None:
+    """And says so, here and to everybody who watches."""
+    page.get_by_role("button", name="Pause moving").click()
+    resume = page.get_by_role("button", name="Resume moving")
+    expect(resume).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#moves-note")).to_contain_text("paused")
+    resume.click()
+    expect(page.get_by_role("button", name="Pause moving")).to_have_attribute("aria-pressed", "false")
+
+
+def test_it_can_be_used_without_a_mouse(page: Page) -> None:
+    """Tab to a GPU, Enter opens it, Escape closes it, and one is where one was."""
+    first = page.locator(".gpu").first
+    first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#panel-title")).to_be_focused()
+    expect(first).to_have_attribute("aria-expanded", "true")
+    page.keyboard.press("Escape")
+    expect(page.locator("#panel")).to_be_hidden()
+    expect(first).to_be_focused()
+
+
+def test_the_key_is_asked_for_and_stays_in_its_tab(context: BrowserContext, frontend: Service) -> None:
+    """Not taken if it is wrong; kept where no other tab has it, and in no address."""
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto("/dashboard")
+    field = page.get_by_label("Key", exact=True)
+    field.fill("wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_role("alert")).to_contain_text("Incorrect or missing admin key")
+    field.fill(KEY)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#link-text")).to_have_text("live")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert page.evaluate("Object.values(sessionStorage)") == [KEY]
+    assert page.evaluate("localStorage.length") == 0
+    assert context.cookies() == []
+    origin = frontend.ready()["url"]
+    assert [url for url in asked if not url.startswith(origin) or "secret" in url] == []
+    page.get_by_role("button", name="Admin key").click()
+    page.get_by_role("button", name="Forget it").click()
+    expect(page.locator("#link-text")).to_have_text("no access")
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_names_are_text_whatever_they_hold(context: BrowserContext, client: httpx.Client) -> None:
+    """A worker, a model and a request that would be markup stay what they are called."""
+    evil = "<img src=x onerror=\"document.title='taken'\">"
+    state = live_state(client)
+    for worker in state["status"]["workers"]:
+        worker.update(name=evil, model=evil, host=evil, state="active")
+    state["rows"] = {
+        "sequence": [evil], "worker": [0], "target": [-1], "tokens": [9], "blocks": [9], "state": [0],
+    }  # fmt: skip
+    state["status"]["recent_moves"] = [
+        {"migration": "m", "sequence": evil, "source": evil, "target": evil, "mode": "kv", "reason": evil,
+         "blocks": 1, "outcome": "failed", "why": evil, "predicted_s": 0, "took_s": 0, "ago_s": 0, "stopped_s": 0,
+         "copied_bytes": 0, "copy_s": 0, "prefilled_tokens": 0, "prefill_s": 0}
+    ]  # fmt: skip
+    page = context.new_page()
+    body = f"event: state\ndata: {json.dumps(state)}\n\n"
+    page.route("**/admin/live", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.goto("/dashboard")
+    expect(page.locator(".gpu .name").first).to_have_text(evil)
+    page.locator(".gpu").first.click()
+    expect(page.locator("#moves")).to_contain_text(evil)
+    expect(page.locator("#main img, #panel img")).to_have_count(0)
+    assert "taken" not in page.title()
+
+
+def live_state(client: httpx.Client) -> dict[str, object]:
+    """The first state of the feed."""
+    with client.stream("GET", "/admin/live", headers={"authorization": f"Bearer {KEY}"}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                state: dict[str, object] = json.loads(line.removeprefix("data: "))
+                return state
+    raise AssertionError("the feed ended without a state")
+
+
+def test_it_says_so_when_the_scheduler_is_gone_and_comes_back_with_it(
+    page: Page, stack: Stack, schedulers: list[Service]
+) -> None:
+    """What is shown is marked as old; orders wait; the next scheduler's state replaces it, without a reload."""
+    schedulers[-1].kill()
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text(re.compile(r"no scheduler answers .*What you see is .* old"))
+    expect(page.locator("#main")).to_have_class("stale")
+    expect(page.get_by_role("button", name="Pause moving")).to_be_disabled()
+    expect(page.locator(".gpu .name")).to_have_text(["one", "two"])
+    schedulers.append(stack.start_scheduler())
+    expect(page.locator("#link-text")).to_have_text("live")
+    expect(alert).to_be_hidden()
+    expect(page.locator(".gpu .name")).to_have_text(["one", "two"])
+    expect(page.get_by_role("button", name="Pause moving")).to_be_enabled()
+
+
+def test_it_says_so_when_the_frontend_is_gone(context: BrowserContext, stack: Stack) -> None:
+    """And tries again until one is there."""
+    service = stack.start("mell_frontend", "--models", "fake", "--port", "0")
+    url = service.ready()["url"]
+    page = context.new_page()
+    page.goto(f"{url}/dashboard")
+    expect(page.locator("#link-text")).to_have_text("live")
+    service.kill()
+    expect(page.get_by_role("alert")).to_contain_text("Not connected")
+    stack.start("mell_frontend", "--models", "fake", "--port", url.rpartition(":")[2]).ready(patience_s=90)
+    expect(page.locator("#link-text")).to_have_text("live")
