@@ -19,7 +19,7 @@ from pathlib import Path
 _FENCE = re.compile(r"^```(?P<language>[\w+-]+)(?P<words>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _STANDS_IN = re.compile(r"^<!-- stands in: (?P<command>.+) -->$", re.MULTILINE)
 SHELLS = {"bash", "sh", "console"}
-NEEDS = {"network", "gpu", "cluster", "containers", "machines", "minutes"}
+NEEDS = {"network", "gpu", "cluster", "containers", "machines", "minutes", "terminal"}
 
 
 @dataclass(frozen=True, slots=True)
