@@ -1,5 +1,6 @@
 """Fixtures for every area: a real broker for the session, and buses that are closed when their test ends."""
 
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,6 +13,9 @@ from mell_gpu_worker.engine.openmp import wait_politely
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
 from tests.vllm_process import VllmProcess
+
+# Started in the background, as by `make test &`, it would be ignored here and in every process that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any test imports torch, whose threads would keep the cores from the processes that tests start.
 wait_politely()

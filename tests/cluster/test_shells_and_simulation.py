@@ -163,7 +163,7 @@ def test_cores_repeat_the_log_of_real_services(recorder: Recorder) -> None:
             assert len(log.entries) > 30
             built = log.built
             if kind is SchedulerCore:
-                built = (make_policy(POLICY, settings.policy_settings()), *log.built[1:])
+                built = (make_policy(POLICY, settings.policy_settings()), *log.built[1:3], settings.make_shadow())
             core = kind(*built)
             for now_us, event, _, said in log.entries:
                 assert [brief(command) for command in core.handle(event, now_us)] == said
