@@ -23,11 +23,11 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 up: venv
 	$(BIN)/mell up $(ARGS)
 
-# Two processes, for much of the time goes into waiting for real ones; a file's tests stay together and in order.
+# Two processes, for much of the time goes into waiting for real ones. A file's tests stay together, in order; the long files first.
 # Only all tests together can be held to the coverage that pyproject.toml asks for.
 JOBS ?= 2
 test: venv
-	$(BIN)/python -m pytest $(or $(ARGS),-n $(JOBS) --dist loadfile --cov)
+	$(BIN)/python -m pytest $(or $(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder --cov)
 
 soak: venv
 	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
