@@ -101,11 +101,15 @@ class WorkerTraces:
         self._arrivals[command.migration] = _Arrival(span, reply_to, now_us)
         self._asked[reply_to] = command.migration
 
-    def _begin(self, sequence: str, generation: int, parent: str, cached_tokens: int) -> None:
-        """Begin the span of a run; a repeated submission runs already."""
+    def _begin(
+        self, sequence: str, generation: int, parent: str, cached_tokens: int, *, over_too: bool = False
+    ) -> None:
+        """Begin the span of a run, `over_too`: even if it has ended by now; a repeated submission runs already."""
         found = self._core.streams.find(sequence, generation)
         known = self._runs.get(sequence)
-        if not parent or found is None or not found.live or (known is not None and known.generation == generation):
+        if not parent or found is None or (known is not None and known.generation == generation):
+            return
+        if not found.live and not over_too:
             return
         self._end(sequence, "superseded")
         attributes: Attributes = {
@@ -118,6 +122,8 @@ class WorkerTraces:
             "mell.first_output": found.outputs,
         }
         self._runs[sequence] = _Run(generation, self._tracer.start("generate", parent, attributes))
+        if not found.live:
+            self._end(sequence)
 
     def _depart(self, order: Migrate) -> None:
         run = self._runs.get(order.sequence)
@@ -147,7 +153,8 @@ class WorkerTraces:
             case MigrationCommitted():
                 arrival = self._arrive(event.migration, "")
                 parent = "" if arrival is None else arrival.traceparent
-                self._begin(event.sequence, event.generation, parent, 0)
+                # Its first token here may have been its last.
+                self._begin(event.sequence, event.generation, parent, 0, over_too=True)
 
     def _arrive(self, migration: str, error: str) -> Span | None:
         arrival = self._arrivals.pop(migration, None)
