@@ -146,7 +146,7 @@ def shadowed(workers: int, shadow: str | None) -> Busy:
 def test_shadow(workers: int) -> None:
     """Print what the shadow policy adds, in turn with a core that has none; BENCH_WORKERS: the largest."""
     if workers > size("WORKERS", 100):
-        pytest.skip("BENCH_WORKERS is smaller")
+        pytest.skip("takes minutes at this size: set BENCH_WORKERS as large to run it")
     cores = {name: shadowed(workers, name) for name in (None, "worst-fit")}
     figures: dict[tuple[str, str | None], list[float]] = {}
     for turn in range(ROUNDS):

@@ -128,7 +128,7 @@ def take(core: SchedulerCore, messages: list[bytes], now_us: int) -> None:
 def test_decisions(workers: int, policy: str) -> None:
     """Print the core's time for each kind of event on a busy cluster; BENCH_WORKERS: the largest."""
     if workers > size("WORKERS", 1_000):
-        pytest.skip("BENCH_WORKERS is smaller; 10,000 take 3 GB")
+        pytest.skip("takes minutes, and 3 GB at 10,000 workers: set BENCH_WORKERS as large to run it")
     busy = Busy(workers, policy)
     core = busy.core
     place_us, finish_us, report_us, tick_us = [], [], [], []

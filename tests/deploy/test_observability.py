@@ -164,7 +164,10 @@ def test_grafana_is_provisioned_from_what_is_mounted() -> None:
         assert compose[name]["image"].startswith(f"${{MELL_{name.upper()}_IMAGE:-")
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="promtool comes with Prometheus, on no package index of Python's: apt-get install prometheus",
+)
 def test_promtool_accepts_the_configuration_and_the_alerts_fire() -> None:
     """Where Prometheus' own tool is installed (Debian: the package prometheus)."""
     for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):

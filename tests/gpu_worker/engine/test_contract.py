@@ -182,7 +182,9 @@ def test_no_end_token_before_min_tokens(subject: Subject) -> None:
     """`min_tokens` counts output from before, too; then the end token comes, and the engine may say so."""
     end_id = subject.end_id
     if end_id is None:
-        pytest.skip("this model has no end token")
+        pytest.skip(
+            "the tiny random model declares no end token to wait for; test_sampler.py holds min_tokens for torch"
+        )
     eager = SamplingParams(temperature=0, seed=0, min_tokens=4, logit_bias={end_id: 100.0})
     for given in ([], [70, 71]):
         each = job(PROMPT, eager, given)
@@ -200,7 +202,9 @@ def test_an_output_limit_is_not_overrun(subject: Subject) -> None:
 def test_grammars_are_obeyed_as_far_as_that_is_said(subject: Subject) -> None:
     """From the first token on by all that know any; in the midst of an output only where that is said."""
     if subject.decode is None:
-        pytest.skip("this model has no tokenizer")
+        pytest.skip(
+            "the tiny random model has no tokenizer to read a grammar with; test_sampler.py holds grammars for torch"
+        )
     ruled = GREEDY.model_copy(update={"grammar": Grammar(text=OBJECT), "ignore_eos": False})
     assert subject.engine.check_grammar(OBJECT) is None
     each = job(PROMPT, ruled)
