@@ -152,7 +152,7 @@ async def test_failures_of_the_port_are_told_and_mended(monkeypatch: Any) -> Non
     stage.port.fault = "no courage"
     stage.cluster.wanted = 1
     await stage.until(lambda: stage.said("failed: no courage"))
-    assert "workers/worker-2-id/undrain" in stage.cluster.posts
+    await stage.until(lambda: "workers/worker-2-id/undrain" in stage.cluster.posts)
     stage.port.fault = ""
     await stage.until(lambda: stage.names() == ["worker-1"])
     await stage.end()
