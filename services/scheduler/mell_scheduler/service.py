@@ -28,22 +28,14 @@ from mell_scheduler.core import (
     Tick,
     WantGpus,
 )
-from mell_scheduler.core.explain import explain
 from mell_scheduler.core.journal import header_line
-from mell_scheduler.core.moves import outcome_status
-from mell_scheduler.core.status import (
-    MOST_SEQUENCES,
-    live_columns,
-    move_statuses,
-    sequence_statuses,
-    worker_statuses,
-)
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
 from mell_scheduler.metrics import SchedulerCollector, Tally, decision_seconds, epoch_seconds
 from mell_scheduler.move_metrics import MoveMetrics
 from mell_scheduler.movers import Movers
+from mell_scheduler.operators import Operators
 from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
@@ -55,26 +47,13 @@ from mell_shared.clock import Clock
 from mell_shared.codec import encode
 from mell_shared.events.outbox import Emit, nowhere
 from mell_shared.key_value import KeyValue
-from mell_shared.messages.admin import (
-    AdminRefused,
-    ExplainRequest,
-    FailureCount,
-    Live,
-    LiveRequest,
-    ModelStatus,
-    MovingReply,
-    MovingRequest,
-    Status,
-    StatusRequest,
-)
+from mell_shared.messages.admin import AdminRefused, MovingReply, MovingRequest
 from mell_shared.messages.base import Message
 from mell_shared.messages.scheduler import Placed, PlaceReply, Queued, Rejected
 from mell_shared.messages.worker import Report
 from mell_shared.subjects import Subjects
 from mell_shared.tracing import NO_TRACER, Tracer
 
-_NOT_LEADER = AdminRefused(reason="not_leader", message="this scheduler does not lead: ask again in a moment")
-_UNREADABLE = AdminRefused(reason="invalid", message="the scheduler cannot read this: is it of another release?")
 _LOUD = ("lost", "silent", "refused")
 
 
@@ -120,13 +99,12 @@ class SchedulerService:
         self._bus = bus
         self._settings = settings
         self._contest = contest
-        self._process = process
         self._clock = clock
-        self._started_us = clock.now_us()
         self._subjects = Subjects(settings.subject_prefix)
         self._actor: Actor[Event] = Actor("scheduler", self._handle)
         self._tally = Tally()
         self._inbox = Inbox(self._subjects, self._tally, self._actor.put)
+        self._operators = Operators(settings, process, clock, self._tally, send=self._send, put=self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._traces = SchedulerTraces(tracer)
         self.herald = Herald(emit, settings.policy)
@@ -218,7 +196,7 @@ class SchedulerService:
         core = self._core
         if core is None or not self._may_decide(event):
             if isinstance(event, OperatorAsked) and event.handle:
-                await self._send(event.handle, _NOT_LEADER)
+                await self._operators.turn_away(event.handle)
             return
         if self._event_log is not None:
             self._event_log.record(event, now_us)
@@ -270,7 +248,7 @@ class SchedulerService:
         handlers = {
             self._subjects.scheduler_events: self._inbox.event,
             self._subjects.place: self._inbox.place,
-            self._subjects.admin("*"): self._take_operator,
+            self._subjects.admin("*"): self._hear_operator,
         }
         try:
             for subject, handler in handlers.items():
@@ -278,6 +256,10 @@ class SchedulerService:
         except BusError as error:
             self._log.warning("subscribing_failed", reason=str(error))
             await self._stop_listening()
+
+    async def _hear_operator(self, delivery: Delivery) -> None:
+        core = self._core if self._contest.leads() else None
+        await self._operators.take(self._inbox.operator(delivery), delivery.reply_to, core)
 
     async def _stop_listening(self) -> None:
         for subscription in self._subscriptions:
@@ -371,63 +353,6 @@ class SchedulerService:
             # Whoever waits for it asks again; a worker reports again.
             self._tally.unsent += 1
             self._log.warning("unsent", subject=subject, reason=str(error))
-
-    async def _take_operator(self, delivery: Delivery) -> None:
-        """Answer what only asks; what changes something goes through the core's events."""
-        request, core = self._inbox.operator(delivery), self._core
-        if request is None:
-            if delivery.reply_to:
-                await self._send(delivery.reply_to, _UNREADABLE)
-        elif core is None or not self._contest.leads():
-            await self._send(delivery.reply_to, _NOT_LEADER)
-        elif isinstance(request, StatusRequest):
-            await self._send(delivery.reply_to, self._status(core, sequences=request.sequences))
-        elif isinstance(request, LiveRequest):
-            await self._send(delivery.reply_to, self._live(core))
-        elif isinstance(request, ExplainRequest):
-            await self._send(delivery.reply_to, explain(core, request.request, self._clock.now_us()))
-        else:
-            self._log.info("operator", **request.model_dump())
-            await self._actor.put(OperatorAsked(delivery.reply_to, request))
-
-    def _live(self, core: SchedulerCore) -> Live:
-        known = len(core.ledger.sequences) + len(core.waiting)
-        left_out = {"sequences_left_out": max(0, known - MOST_SEQUENCES)}
-        # What is made here needs no validation, which would take as long as all the rest.
-        return Live.model_construct(
-            status=self._status(core, sequences=False).model_copy(update=left_out),
-            sample_s=self._settings.epoch_s,
-            used_lately=list(core.usage.used_lately),
-            shadow_lately=list(core.usage.shadow_lately),
-            **live_columns(core),
-        )
-
-    def _status(self, core: SchedulerCore, *, sequences: bool) -> Status:
-        now_us = self._clock.now_us()
-        rows = sequence_statuses(core) if sequences else ()
-        return Status(
-            scheduler=self._process,
-            policy=self._settings.policy,
-            uptime_s=(now_us - self._started_us) / 1_000_000,
-            workers=worker_statuses(core, now_us),
-            queued=len(core.waiting),
-            placed=self._tally.placed,
-            rejected=self._tally.rejected.total(),
-            migrating=len(core.ledger.moving),
-            migrated=self._tally.moves_settled["committed"],
-            migrations_failed=self._tally.moves_settled["failed"] + self._tally.moves_settled["timeout"],
-            models=tuple(ModelStatus(model=name, gpus_wanted=gpus) for name, gpus in core.scaling.wanted.items()),
-            settled=now_us >= core.heard_all_us,
-            moves_paused=core.moves_paused,
-            moves=move_statuses(core, now_us),
-            recent_moves=tuple(outcome_status(move, now_us - at_us) for at_us, move in self._tally.recent_moves),
-            failures=tuple(
-                FailureCount(reason=reason, count=count) for reason, count in sorted(self._tally.moves_failed.items())
-            ),
-            sequences=rows[:MOST_SEQUENCES],
-            sequences_left_out=max(0, len(rows) - MOST_SEQUENCES),
-            gpu_use=core.usage.told(now_us),
-        )
 
     def _open_event_log(self) -> EventLog | None:
         settings = self._settings
