@@ -124,7 +124,7 @@ class LiveCluster:
             self._stack.start("mell_gpu_worker", *engine, "--worker-name", f"w{number}")
             for number in range(shape.workers)
         ]
-        frontend = self._stack.start("mell_frontend", "--models", "fake", "--port", "0")
+        frontend = self._stack.start_frontend()
         for worker in workers:
             worker.ready(_LOADING_S)
         self._url = frontend.ready(_LOADING_S)["url"]

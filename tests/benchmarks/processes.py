@@ -84,7 +84,7 @@ class MeasuredStack:
     def _start(self) -> None:
         worker = self._stack.start("mell_gpu_worker", "--model", self._model, *self._worker)
         scheduler = self._stack.start("mell_scheduler")
-        frontend = self._stack.start("mell_frontend", "--models", self._model, "--port", "0")
+        frontend = self._stack.start_frontend(model=self._model)
         worker.ready(_LOADING_S)
         self.url = frontend.ready(_LOADING_S)["url"]
         pids = {

@@ -134,9 +134,9 @@ class Stack:
         limits = ["--max-model-len", "4096", "--kv-blocks", str(kv_blocks), "--fake-step-us", str(step_us)]
         return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits, *flags)
 
-    def start_frontend(self) -> Service:
+    def start_frontend(self, *flags: str, model: str = "fake") -> Service:
         """Start a frontend on a free port."""
-        return self.start("mell_frontend", "--models", "fake", "--port", "0")
+        return self.start("mell_frontend", "--models", model, "--port", "0", *flags)
 
     def client(self, frontend: Service) -> httpx.Client:
         """Return a client of a frontend that is ready."""

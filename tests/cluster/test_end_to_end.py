@@ -155,7 +155,7 @@ def test_a_frontend_that_stops_finishes_its_streams(stack: Stack, team: Team, st
 def test_a_stream_that_outlasts_the_stop_deadline_is_cut_with_an_error(stack: Stack, team: Team) -> None:
     """Its reader is told, its worker is freed, and the frontend still ends cleanly."""
     workers = team("cut-short")
-    stopping = stack.start("mell_frontend", "--models", "fake", "--port", "0", "--stop-deadline-s", "0.1")
+    stopping = stack.start_frontend("--stop-deadline-s", "0.1")
     with stack.client(stopping) as client:
         stream = StreamedChat(client, 3000)
         stream.read(5)

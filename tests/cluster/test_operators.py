@@ -30,7 +30,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def frontend(stack: Stack) -> Service:
     """The frontend, which asks operators for a key."""
-    service = stack.start("mell_frontend", "--models", "fake", "--port", "0", "--admin-key", "secret")
+    service = stack.start_frontend("--admin-key", "secret")
     service.ready()
     return service
 

@@ -70,7 +70,7 @@ def test_a_stream_moves_between_two_workers_on_one_gpu(tmp_path: Path) -> None:
         workers = [stack.start("mell_gpu_worker", "--worker-name", name, *flags) for name in ("one", "two")]
         for worker in workers:
             worker.ready(180)
-        frontend = stack.start("mell_frontend", "--models", MODEL, "--port", "0")
+        frontend = stack.start_frontend(model=MODEL)
         with stack.client(frontend) as client:
             undisturbed = StreamedChat(client, TOKENS, model=MODEL).read()
             chat = StreamedChat(client, TOKENS, model=MODEL)

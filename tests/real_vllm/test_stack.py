@@ -41,7 +41,7 @@ def workers(stack: Stack, real_vllm: VllmProcess) -> dict[str, Service]:
 @pytest.fixture(scope="module")
 def frontend(stack: Stack) -> Service:
     """The frontend."""
-    service = stack.start("mell_frontend", "--models", DEFAULT_MODEL, "--port", "0", "--admin-key", "secret")
+    service = stack.start_frontend("--admin-key", "secret", model=DEFAULT_MODEL)
     service.ready(PATIENCE_S)
     return service
 

@@ -60,7 +60,7 @@ def test_a_frontend_is_killed_as_one_of_its_sequences_is_claimed(scene: Scene) -
 def test_a_frontend_stands_still_until_its_workers_have_given_it_up(scene: Scene) -> None:
     """When it goes on it has its sequences placed again, and its clients get the rest."""
     other = scene.stack.start_frontend()
-    with scene.stack.client(other) as client:
+    with scene.stack.client(other) as client, scene.crowd() as crowd:
         chat = StreamedChat(client, 3_000, **ask_for(0))
         chat.read(20)
         eventually(lambda: chat.id in running(scene), "it runs")
@@ -69,7 +69,10 @@ def test_a_frontend_stands_still_until_its_workers_have_given_it_up(scene: Scene
         thaw(other)
         assert chat.read(TOKENS + 20).startswith(scene.stories[0])
         chat.leave()
+        eventually(crowd.well, "the others are well")
     assert other.events("sequence_placed_again")
+    sees = "its own clients: no token while it stands, then the rest; others: nothing"
+    told("frontend", "SIGSTOP, later SIGCONT", "one of two, until its workers give it up", sees, __name__, crowd)
     scene.nothing_left()
     scene.stop(other)
 

@@ -1,7 +1,8 @@
 import pytest
 
+from tests.cluster.faults.points import go_on_without_and_with, struck_at
 from tests.cluster.faults.rows import told
-from tests.cluster.faults.scene import Scene, is_struck, standing, thaw
+from tests.cluster.faults.scene import Scene, is_struck
 from tests.cluster.stack import Service, eventually
 
 pytestmark = pytest.mark.connected
@@ -16,12 +17,6 @@ POINTS = {
     "source:asking": "source, asks who owns it",
 }
 IN_SHORT = (("source:chunk", "KILL"), ("source:committing", "STOP"))
-
-
-def points(number: str) -> list[object]:
-    """Return each point; those that a short run leaves out are marked."""
-    left_out = pytest.mark.reliability
-    return [pytest.param(point, number, marks=() if (point, number) in IN_SHORT else left_out) for point in POINTS]
 
 
 def bring_about(scene: Scene, victim: Service, target: Service) -> None:
@@ -39,7 +34,7 @@ def target_for(scene: Scene, point: str) -> Service:
     return dying
 
 
-@pytest.mark.parametrize(("point", "number"), points("KILL"))
+@pytest.mark.parametrize(("point", "number"), struck_at(POINTS, "KILL", IN_SHORT))
 def test_a_source_is_killed_in_the_middle_of_a_move(scene: Scene, point: str, number: str) -> None:
     """Whoever has the sequence then goes on with it, or it is placed again; its text is as if nothing had happened."""
     victim = scene.victim(point, number)
@@ -54,7 +49,7 @@ def test_a_source_is_killed_in_the_middle_of_a_move(scene: Scene, point: str, nu
     scene.nothing_left()
 
 
-@pytest.mark.parametrize(("point", "number"), points("STOP"))
+@pytest.mark.parametrize(("point", "number"), struck_at(POINTS, "STOP", IN_SHORT))
 def test_a_source_stands_still_in_the_middle_of_a_move(scene: Scene, point: str, number: str) -> None:
     """As if it were dead; when it goes on it finds out what it has lost, and lets go of it."""
     victim = scene.victim(point, number)
@@ -63,12 +58,7 @@ def test_a_source_stands_still_in_the_middle_of_a_move(scene: Scene, point: str,
     scene.shut(*{*scene.well, target})
     with scene.crowd() as crowd:
         bring_about(scene, victim, target)
-        eventually(lambda: standing(victim), "it stands")
-        before = crowd.progress()
-        eventually(lambda: crowd.on_since(before, 40), "all go on without it")
-        thaw(victim)
-        before = crowd.progress()
-        eventually(lambda: crowd.on_since(before), "all go on with it")
+        go_on_without_and_with(crowd, victim)
     told("move", "SIGSTOP, later SIGCONT", POINTS[point], "nothing", __name__, crowd)
     scene.nothing_left()
     scene.stop(victim)

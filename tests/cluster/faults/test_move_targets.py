@@ -1,7 +1,8 @@
 import pytest
 
+from tests.cluster.faults.points import go_on_without_and_with, struck_at
 from tests.cluster.faults.rows import told
-from tests.cluster.faults.scene import Scene, is_struck, standing, thaw
+from tests.cluster.faults.scene import Scene, is_struck
 from tests.cluster.stack import eventually
 
 pytestmark = pytest.mark.connected
@@ -18,13 +19,7 @@ POINTS = {
 IN_SHORT = (("target:settling!", "KILL"), ("target:claiming", "STOP"))
 
 
-def points(number: str) -> list[object]:
-    """Return each point; those that a short run leaves out are marked."""
-    left_out = pytest.mark.reliability
-    return [pytest.param(point, number, marks=() if (point, number) in IN_SHORT else left_out) for point in POINTS]
-
-
-@pytest.mark.parametrize(("point", "number"), points("KILL"))
+@pytest.mark.parametrize(("point", "number"), struck_at(POINTS, "KILL", IN_SHORT))
 def test_a_target_is_killed_in_the_middle_of_a_move(scene: Scene, point: str, number: str) -> None:
     """Its source goes on, or, if the sequence was the target's already, it is placed again: the text is the same."""
     victim = scene.victim(point, number)
@@ -39,7 +34,7 @@ def test_a_target_is_killed_in_the_middle_of_a_move(scene: Scene, point: str, nu
     scene.nothing_left()
 
 
-@pytest.mark.parametrize(("point", "number"), points("STOP"))
+@pytest.mark.parametrize(("point", "number"), struck_at(POINTS, "STOP", IN_SHORT))
 def test_a_target_stands_still_in_the_middle_of_a_move(scene: Scene, point: str, number: str) -> None:
     """The same, and when it goes on it takes nothing that is not its own, and keeps nothing."""
     victim = scene.victim(point, number)
@@ -47,12 +42,7 @@ def test_a_target_stands_still_in_the_middle_of_a_move(scene: Scene, point: str,
     scene.shut(scene.well[1])
     with scene.crowd() as crowd:
         scene.move(scene.well[0], victim, lambda: is_struck(victim))
-        eventually(lambda: standing(victim), "it stands")
-        before = crowd.progress()
-        eventually(lambda: crowd.on_since(before, 40), "all go on without it")
-        thaw(victim)
-        before = crowd.progress()
-        eventually(lambda: crowd.on_since(before), "all go on with it")
+        go_on_without_and_with(crowd, victim)
     scene.open(scene.well[1])
     told("move", "SIGSTOP, later SIGCONT", POINTS[point], "nothing", __name__, crowd)
     scene.nothing_left()
