@@ -1,14 +1,18 @@
-"""The bare engine loop against transformers' `generate` and a floor, interleaved round by round in one process.
+"""The bare engine loop against transformers' `generate`, vLLM's own engine and a floor, interleaved round by round.
 
-For each batch and context: tokens/s of both, the median of the rounds' ratios and their range. A ratio whose range
-spans its target shows nothing. The floor of a step is the longer of two times: that of reading weights and KV at the
-bandwidth, that of the operations at the rate, both measured in the same round with the engine's threads.
+vLLM for CPUs takes part where `make vllm-test` has made its environment. For each batch and context: tokens/s of each,
+the median of the rounds' ratios and their range. A ratio whose range spans its target shows nothing. The floor of a
+step is the longer of two times: that of reading weights and KV at the bandwidth, that of the operations at the rate,
+both measured in the same round with the engine's threads.
 """
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,16 +36,20 @@ DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=0, ignore_eos=True)
 
 
 DECODE_TARGETS = {1: 1.3, 8: 1.5, 32: 1.3}
+VLLM_TARGET = 1.2
+ROOT = Path(__file__).parents[2]
+VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
 
 
 @dataclass
 class Setup:
-    """The same weights in our engine and in transformers."""
+    """The same weights in our engine, in transformers, and in vLLM if it is here."""
 
     engine: TorchEngine
     model: Any
     vocab: int
     weights: int
+    vllm: "Vllm | None"
 
 
 @dataclass
@@ -57,6 +65,37 @@ def _timed(times: list[Took]) -> Iterator[None]:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     yield
     times.append(Took(time.perf_counter() - wall_s, time.process_time() - cpu_s))
+
+
+class Vllm:
+    """vLLM's engine in a process of its own; see `vllm_peer`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [VLLM_PYTHON, "-m", "tests.benchmarks.vllm_peer", folder, str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self._answer() == {"ready": True}
+
+    def took(self, prompts: list[list[int]], tokens: int) -> tuple[Took, Took]:
+        """Return what the prefill of all prompts and then `tokens` decode steps took."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
+        self._process.stdin.flush()
+        took = self._answer()
+        return tuple(Took(took[f"{what}_wall_s"], took[f"{what}_cpu_s"]) for what in ("prefill", "decode"))  # type: ignore[return-value]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 @dataclass
@@ -84,8 +123,8 @@ def _measure_machine(data: torch.Tensor) -> Machine:
 
 
 @pytest.fixture(scope="module")
-def setup() -> Setup:
-    """Load the default model twice."""
+def setup() -> Iterator[Setup]:
+    """Load the default model for each."""
     folder = pull("smollm2-135m", default_model_dir(), lambda _stage, _fraction: None)
     options = EngineOptions(
         engine="torch", model="smollm2-135m", model_dir=default_model_dir(), kv_blocks=1200, threads=THREADS
@@ -93,7 +132,10 @@ def setup() -> Setup:
     engine = load_torch_engine(options)
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32)
-    return Setup(engine, model, engine.spec.vocab_size, sum(p.numel() for p in model.parameters()))
+    vllm = Vllm(folder) if VLLM_PYTHON.exists() else None
+    yield Setup(engine, model, engine.spec.vocab_size, sum(p.numel() for p in model.parameters()), vllm)
+    if vllm is not None:
+        vllm.close()
 
 
 def _prompts(batch: int, tokens: int, vocab: int) -> list[list[int]]:
@@ -144,24 +186,33 @@ class Rounds:
     name: str
     tokens: int
     target: float
+    vllm_target: float
     ours: list[Took] = field(default_factory=list)
     theirs: list[Took] = field(default_factory=list)
+    vllms: list[Took] = field(default_factory=list)
     floors_s: list[float] = field(default_factory=list)
 
     def line(self) -> list[str]:
         """Return a table's row."""
-        ratios = [their.wall_s / our.wall_s for our, their in zip(self.ours, self.theirs, strict=True)]
         cpu = [their.cpu_s / our.cpu_s for our, their in zip(self.ours, self.theirs, strict=True)]
         shares = [floor_s / our.wall_s for our, floor_s in zip(self.ours, self.floors_s, strict=True)]
         return [
             self.name,
             spread([self.tokens / floor_s for floor_s in self.floors_s]),
             spread([self.tokens / our.wall_s for our in self.ours]),
-            spread([self.tokens / their.wall_s for their in self.theirs]),
-            f"{spread(ratios, 2)}; {verdict(ratios, self.target)}",
+            *self._against(self.theirs, self.target),
             spread(cpu, 2),
             spread(shares, 2),
+            *self._against(self.vllms, self.vllm_target),
         ]
+
+    def _against(self, peers: list[Took], target: float) -> tuple[str, str]:
+        """Return a peer's tokens/s, and ours over it."""
+        if not peers:
+            return "not here", "not run"
+        ratios = [their.wall_s / our.wall_s for our, their in zip(self.ours, peers, strict=True)]
+        rates = [self.tokens / their.wall_s for their in peers]
+        return spread(rates), f"{spread(ratios, 2)}; {verdict(ratios, target)}"
 
 
 def _tell(rounds: list[Rounds]) -> None:
@@ -173,6 +224,8 @@ def _tell(rounds: list[Rounds]) -> None:
         "ours / transformers",
         "in CPU time",
         "share of floor",
+        "vLLM, tok/s",
+        "ours / vLLM",
     )
     title = f"Engine on the default model, float32, {torch.get_num_threads()} threads, {ROUNDS} rounds in turn"
     print_table(title, head, [each.line() for each in rounds])
@@ -192,7 +245,7 @@ def _decode(setup: Setup, batch: int, context: int) -> Rounds:
     setup.engine.pool.data[:-1].normal_()
     data = torch.ones(setup.weights)
     kv_bytes = batch * context * setup.engine.spec.block_bytes / setup.engine.spec.block_tokens
-    rounds = Rounds(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, DECODE_TARGETS[batch])
+    rounds = Rounds(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, DECODE_TARGETS[batch], VLLM_TARGET)
     for _ in range(ROUNDS):
         machine = _measure_machine(data)
         rounds.floors_s.append(NEW_TOKENS * machine.floor_s(data.nbytes + kv_bytes, 2 * setup.weights * batch))
@@ -200,6 +253,8 @@ def _decode(setup: Setup, batch: int, context: int) -> Rounds:
             _decode_ours(setup, prompts)
         with _timed(rounds.theirs):
             _decode_theirs(setup, prompts, cache)
+        if setup.vllm is not None:
+            rounds.vllms.append(setup.vllm.took(prompts, NEW_TOKENS)[1])
         cache.crop(context - 1 - cache.get_seq_length())
     return rounds
 
@@ -211,13 +266,15 @@ def test_prefill(setup: Setup) -> None:
     prompt = _prompts(1, PREFILL, setup.vocab)
     data = torch.ones(setup.weights)
     operations = 2 * PREFILL * (setup.weights - setup.vocab * setup.model.config.hidden_size)
-    rounds = Rounds(f"prefill of {PREFILL} tokens", PREFILL, 1.0)
+    rounds = Rounds(f"prefill of {PREFILL} tokens", PREFILL, 1.0, 1.0)
     for _ in range(ROUNDS):
         rounds.floors_s.append(_measure_machine(data).floor_s(data.nbytes, operations))
         with _timed(rounds.ours):
             setup.engine.execute(_rows(prompt, PREFILL, 0))
         with _timed(rounds.theirs), torch.inference_mode():
             setup.model(torch.tensor(prompt), logits_to_keep=1)
+        if setup.vllm is not None:
+            rounds.vllms.append(setup.vllm.took(prompt, 1)[0])
     _tell([rounds])
 
 
