@@ -1,5 +1,7 @@
 import asyncio
 import secrets
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,30 @@ async def test_only_small_buffers_are_copied(stage: Stage) -> None:
     assert buffers == [pattern(slot, size) for slot, size in enumerate(sizes)]
     await outgoing.close()
     await incoming.close()
+
+
+async def test_others_get_their_turn_between_chunks(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's tokens go out while it sends, however fast the target takes what comes."""
+    chunk, chunks = 4096, 64
+    source, other = await stage.transport(chunk_bytes=chunk), await stage.other()
+    secret = secrets.token_bytes(32)
+    offered = await other.ask(offer=secret.hex(), sizes=(chunk,) * chunks)
+    outgoing = await source.connect(other.address, secret, offered["size_bytes"], LONG_S)
+    turn, post = 0, outgoing._link.post
+    posted: Counter[int] = Counter()
+
+    async def counted(*arguments: Any) -> None:
+        posted[turn] += 1
+        await post(*arguments)
+
+    monkeypatch.setattr(outgoing._link, "post", counted)
+    sending = asyncio.ensure_future(outgoing.send([(n, pattern(n, chunk)) for n in range(chunks)], LONG_S))
+    while not sending.done():
+        turn += 1
+        await asyncio.sleep(0)
+    assert posted.total() == chunks
+    assert max(posted.values()) <= chunks // 4
+    await outgoing.close()
 
 
 async def test_a_whole_transfer_to_another_worker(stage: Stage) -> None:

@@ -62,6 +62,8 @@ class TcpLink:
                 sent = FRAME_BYTES
             if sent - FRAME_BYTES < raw.nbytes:
                 await self._loop.sock_sendall(self._sock, raw[sent - FRAME_BYTES :])
+        # Bytes that there is room for are sent without a turn of the loop, as with `fill`.
+        await asyncio.sleep(0)
 
     def _send_now(self, frame: bytes, raw: memoryview) -> int:
         try:
@@ -76,7 +78,7 @@ class TcpLink:
         """Receive the payload into place."""
         await self._fill(_host(target))
         landed()
-        # Bytes that are there are received without a turn of the loop; between chunks others get one.
+        # Bytes that are there are received without a turn of the loop: between chunks others get one.
         await asyncio.sleep(0)
 
     async def filled(self) -> None:
