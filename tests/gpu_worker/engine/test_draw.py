@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mell_gpu_worker.engine.draw import DrawParams, draw
+from mell_gpu_worker.engine.draw import Drawing, DrawParams
 from mell_gpu_worker.engine.native import build
 from mell_gpu_worker.engine.native.build import load_library
 from mell_gpu_worker.engine.native.draw import NativeDraw
@@ -15,6 +15,12 @@ Draw = Callable[[torch.Tensor, DrawParams], torch.Tensor]
 needs_compiler = pytest.mark.skipif(
     not any(map(build.shutil.which, build._COMPILERS)), reason="there is no C++ compiler"
 )
+
+
+def draw(logits: torch.Tensor, params: DrawParams) -> torch.Tensor:
+    """Draw with torch."""
+    drawing = Drawing(logits, params)
+    return drawing.finish(drawing.complete.numpy())
 
 
 @pytest.fixture(scope="module", params=["torch", pytest.param("native", marks=needs_compiler)])

@@ -5,7 +5,10 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from mell_gpu_worker.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class KvPool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Set whole blocks to zero."""
         if blocks:
-            self.data[torch.tensor(blocks, device=self.data.device)] = 0
+            self.data[upload(np.array(blocks), self.data.device)] = 0
 
 
 def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

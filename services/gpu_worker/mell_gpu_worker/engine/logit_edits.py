@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.engine.upload import upload
 from mell_shared.messages.sampling import SamplingParams
 
 
@@ -28,8 +29,8 @@ class Entries:
 
     def on(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Return the index pair and the values as tensors."""
-        rows, tokens, values = (torch.from_numpy(np.concatenate(p)) for p in (self.rows, self.tokens, self.values))
-        return (rows.to(device), tokens.to(device)), values.to(device)
+        rows, tokens, values = (upload(np.concatenate(p), device) for p in (self.rows, self.tokens, self.values))
+        return (rows, tokens), values
 
 
 class LogitEdits:

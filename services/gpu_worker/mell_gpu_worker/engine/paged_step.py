@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.kv_pool import KvPool
+from mell_gpu_worker.engine.upload import upload
 
 _GATHER_BYTES = 6 << 20
 """Keys and values gathered at once: little enough to be read back from a CPU's cache (measured, 2 to 12 MB)."""
@@ -67,7 +68,7 @@ class PagedStep:
         self.dtype = dtype
         self.device = pool.data.device
         self.spans = list(_spans(rows, pool.shape.block_tokens))
-        self.slots = torch.from_numpy(np.concatenate([self._slots(span) for span in self.spans])).to(self.device)
+        self.slots = upload(np.concatenate([self._slots(span) for span in self.spans]), self.device)
         self.layers_attended = 0
         self._plans: dict[int | None, Plan] = {}
 
@@ -160,7 +161,7 @@ class PagedStep:
             rows=len(group),
             count=count,
             packed=self._packed(group, count),
-            pages=torch.from_numpy(table.reshape(-1) * (shape.layers * 2)).to(self.device),
+            pages=upload(table.reshape(-1) * (shape.layers * 2), self.device),
             mask=self._additive(queries[:, :, None], keys[:, None, :], window)[:, None],
         )
 
@@ -171,7 +172,7 @@ class PagedStep:
         return (self._column(firsts) + torch.arange(count, device=self.device)).reshape(-1)
 
     def _column(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)[:, None]
+        return upload(np.array(values), self.device)[:, None]
 
     def _additive(self, queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
         """Return 0 where a query position may see a key position, -inf elsewhere."""

@@ -11,6 +11,7 @@ from mell_gpu_worker.engine.attention import AttentionBackend, PagedCall
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.kv_pool import KvPool
 from mell_gpu_worker.engine.paged_step import PagedStep
+from mell_gpu_worker.engine.upload import upload
 
 
 class StepRunner(Protocol):
@@ -40,10 +41,10 @@ class Runner:
         ids = chain.from_iterable(row.token_ids[row.start : row.start + row.count] for row in rows)
         positions = chain.from_iterable(range(row.start, row.start + row.count) for row in rows)
         output = self._model(
-            input_ids=torch.tensor([list(ids)], device=device),
-            position_ids=torch.tensor([list(positions)], device=device),
+            input_ids=upload(torch.tensor([list(ids)]), device),
+            position_ids=upload(torch.tensor([list(positions)]), device),
             use_cache=False,
-            logits_to_keep=torch.tensor(list(kept) or [0], device=device),
+            logits_to_keep=upload(torch.tensor(list(kept) or [0]), device),
             paged=PagedCall(step, self._backend),
         )
         if step.layers_attended != self._pool.shape.layers:

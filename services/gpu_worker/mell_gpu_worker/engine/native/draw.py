@@ -9,7 +9,7 @@ from mell_gpu_worker.engine.native.structs import Draw
 
 
 class NativeDraw:
-    """`engine.draw.draw` for CPUs."""
+    """`engine.draw.Drawing` for CPUs, done at once."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._library = library

@@ -7,7 +7,6 @@ import torch
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.base import EngineError
-from mell_gpu_worker.engine.draw import DrawParams, draw
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.native.build import NativeUnavailableError, default_cache_dir, load_library
 from mell_gpu_worker.engine.native.draw import NativeDraw
@@ -38,11 +37,11 @@ def native_runner(
     return make
 
 
-def choose_draw(device: torch.device, compiling: str) -> Callable[[torch.Tensor, DrawParams], torch.Tensor]:
-    """Return what draws tokens: C++ for any model on a CPU, unless `compiling` is off or there is no compiler."""
+def choose_draw(device: torch.device, compiling: str) -> NativeDraw | None:
+    """Return what draws tokens in C++, for any model on a CPU, unless `compiling` is off or there is no compiler."""
     if device.type != "cpu" or compiling == "off":
-        return draw
+        return None
     try:
         return NativeDraw(load_library(default_cache_dir()), torch.get_num_threads())
     except NativeUnavailableError:
-        return draw
+        return None
