@@ -242,7 +242,7 @@ def test_decode(setup: Setup) -> None:
 def _decode(setup: Setup, batch: int, context: int) -> Rounds:
     prompts = _prompts(batch, context, setup.vocab)
     cache = _random_cache(setup, batch, context - 1)
-    setup.engine.pool.data[:-1].normal_()
+    setup.engine.pool.data[: setup.engine.pool.blocks].normal_()
     data = torch.ones(setup.weights)
     kv_bytes = batch * context * setup.engine.spec.block_bytes / setup.engine.spec.block_tokens
     rounds = Rounds(f"decode, batch {batch}, context {context}", batch * NEW_TOKENS, DECODE_TARGETS[batch], VLLM_TARGET)

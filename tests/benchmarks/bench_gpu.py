@@ -1,9 +1,14 @@
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.engine.options import EngineOptions
+from mell_shared.messages.sampling import SamplingParams
+from mell_shared.models import default_model_dir
 from mell_shared.process import loop_factory
 from tests.benchmarks.figures import print_table, size, spread
 from tests.benchmarks.moving import movers
@@ -62,3 +67,28 @@ def test_pause_of_a_move(tmp_path: Path) -> None:
 
     head = ["tokens", "copied, GB/s", "pause, ms", "tail", "claim", "first step"]
     print_table("Moves by KV between two workers on one GPU", head, run(main()))
+
+
+def test_decode_steps() -> None:
+    """Steps of a real model in CUDA graphs and, in turn with them, launched one operation after the other."""
+    from mell_gpu_worker.engine.torch_engine import load_torch_engine
+
+    options = EngineOptions(engine="torch", model=MODEL, model_dir=default_model_dir(), device="cuda", kv_blocks=12_000)
+    engines = [load_torch_engine(options), load_torch_engine(replace(options, compile="off"))]
+    sampling = SamplingParams(seed=1, temperature=0.8, top_p=0.95)
+    rows = []
+    for batch, context in ((1, 500), (1, 8_000), (8, 500), (32, 500), (32, 4_000), (128, 500)):
+        blocks = -(-context // 16)
+        tables = [list(range(row * blocks, (row + 1) * blocks)) for row in range(batch)]
+        ids = list(range(1, context + 1))
+        step = [StepRow(str(row), ids, 1, context - 1, 1, tables[row], sampling) for row in range(batch)]
+        took: list[list[float]] = [[], []]
+        for engine in engines:
+            engine.execute(step)
+        for _ in range(10 * ROUNDS):
+            for engine, times in zip(engines, took, strict=True):
+                times.append(engine.execute(step).step_us / 1e3)
+        rows.append([f"{batch}", f"{context:,}", *(spread(times, 2) for times in took)])
+    for engine in engines:
+        engine.close()
+    print_table("Decode steps on one GPU", ["batch", "context", "graphs, ms", "plain, ms"], rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.torch_engine import TorchEngine
 from mell_shared.messages.sampling import SamplingParams
+from tests.gpu_worker.engine.families import VOCAB
 
 GREEDY = SamplingParams(temperature=0, seed=0)
 
@@ -32,6 +33,16 @@ class Job:
     def done(self) -> bool:
         """Whether it has all its tokens."""
         return len(self.output) >= self.max_tokens
+
+
+def some_jobs(seed: int) -> list[Job]:
+    """Return jobs of unequal lengths."""
+    source = random.Random(seed)
+    jobs = []
+    for number in range(8):
+        prompt = [source.randrange(VOCAB) for _ in range(source.choice([1, 7, 20, 50]))]
+        jobs.append(Job(f"job-{number}", prompt, len(prompt), max_tokens=source.randint(8, 24)))
+    return jobs
 
 
 class Driver:

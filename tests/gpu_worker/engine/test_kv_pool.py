@@ -73,7 +73,7 @@ def test_a_step_stores_each_token_in_its_block_and_offset() -> None:
 def test_a_step_clears_only_blocks_that_it_begins_and_does_not_fill() -> None:
     """A new partly filled block is zeroed; one begun before, one filled and foreign ones keep what they hold."""
     pool = KvPool(6, SHAPE, CPU)
-    pool.data[:-1] = 1
+    pool.data[:6] = 1
     rows = [
         StepRow("begins", [0] * 6, 6, 0, 6, [0, 1], None),
         StepRow("goes on", [0] * 6, 6, 5, 1, [2, 3], None),

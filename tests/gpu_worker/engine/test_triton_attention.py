@@ -8,6 +8,7 @@ import torch
 
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.attention import AttentionKind
+from mell_gpu_worker.engine.decode_step import DecodeInputs, DecodeStep
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.paged_step import PagedStep
 from mell_gpu_worker.engine.reference_attention import ReferenceAttention
@@ -93,3 +94,24 @@ def test_a_decode_is_the_same_in_any_batch_and_grid(
     monkeypatch.setattr(triton_attention, "_PROGRAMS", programs)
     together = triton_attention.TritonAttention().attend(case.step, 1, case.query, case.fresh, kind)
     assert torch.equal(together[:8], torch.cat(alone))
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_a_recorded_step_attends_like_a_plain_one(window: int | None) -> None:
+    """Over persistent inputs, padded to more rows and longer tables, each row has the same bits."""
+    from mell_gpu_worker.engine.triton_attention import TritonAttention
+
+    case = Case(SPLIT_PARTS[:5], KvShape(2, 16, 2, 16, torch.float32), 6)
+    inputs = DecodeInputs(case.pool, 8, 128)
+    inputs.fill(case.rows)
+    step = DecodeStep(case.pool, inputs)
+    padding = torch.zeros(3, *case.query.shape[1:], device=case.query.device)
+    query = torch.cat([case.query, padding])
+    key, value = (torch.cat([fresh, torch.zeros(3, 2, 16, device=fresh.device)]) for fresh in case.fresh)
+    before = case.pool.data[: case.pool.blocks].clone()
+    step.store(1, key, value)
+    assert torch.equal(case.pool.data[: case.pool.blocks], before), "stored elsewhere than a plain step does"
+    kind = AttentionKind(0.25, window, None, None)
+    expected = TritonAttention().attend(case.step, 1, case.query, case.fresh, kind)
+    found = TritonAttention().attend(step, 1, query, (key, value), kind)
+    assert torch.equal(found[:5], expected)

@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mell_gpu_worker.engine.base import EngineError
-from mell_gpu_worker.engine.paged_step import PagedStep
+from mell_gpu_worker.engine.paged_step import AttentionStep
 
 ATTENTION_NAME = "mell_paged"
 
@@ -43,7 +43,7 @@ class AttentionBackend(Protocol):
 
     def attend(
         self,
-        step: PagedStep,
+        step: AttentionStep,
         layer: int,
         query: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
@@ -65,7 +65,7 @@ class KindRecorder:
 
     def attend(
         self,
-        step: PagedStep,
+        step: AttentionStep,
         layer: int,
         query: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
@@ -85,7 +85,7 @@ class KindRecorder:
 class PagedCall:
     """What a model call carries to its attention layers."""
 
-    step: PagedStep
+    step: AttentionStep
     backend: AttentionBackend
 
 

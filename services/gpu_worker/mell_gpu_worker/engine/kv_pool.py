@@ -33,17 +33,18 @@ class KvShape:
 
 
 class KvPool:
-    """`blocks` KV blocks in one tensor `[blocks + 1, layers, 2, block_tokens, kv_heads, head_dim]`.
+    """`blocks` KV blocks in one tensor `[blocks + 2, layers, 2, block_tokens, kv_heads, head_dim]`.
 
-    The last block is ours: always zero, it pads the block tables of short rows, so that nothing read there can
-    be NaN. `pages` shows the same memory as `[pages, page_elements]`, page = (block * layers + layer) * 2, + 1
-    for values; `tokens` as `[pages * block_tokens, kv_heads * head_dim]`.
+    The last two are ours. One is always zero: it pads the block tables of short rows, so that nothing read there can
+    be NaN. The other takes what padding rows write, and nobody else reads it. `pages` shows the same memory as
+    `[pages, page_elements]`, page = (block * layers + layer) * 2, + 1 for values; `tokens` as
+    `[pages * block_tokens, kv_heads * head_dim]`.
     """
 
     def __init__(self, blocks: int, shape: KvShape, device: torch.device) -> None:
         self.blocks = blocks
         self.shape = shape
-        size = (blocks + 1, shape.layers, 2, shape.block_tokens, shape.kv_heads, shape.head_dim)
+        size = (blocks + 2, shape.layers, 2, shape.block_tokens, shape.kv_heads, shape.head_dim)
         self.data = _zeros(math.prod(size), shape.dtype, device).view(size)
         self.pages = self.data.view(-1, shape.page_elements)
         self.tokens = self.data.view(-1, shape.kv_heads * shape.head_dim)
@@ -53,8 +54,23 @@ class KvPool:
         """Index of the block that is always zero."""
         return self.blocks
 
+    @property
+    def scratch_block(self) -> int:
+        """Index of the block that rows of no sequence write to."""
+        return self.blocks + 1
+
+    def store(self, slots: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write one layer's keys and values, each [tokens, kv_heads, head_dim].
+
+        `slots` [tokens] are the rows of `tokens` that take layer 0's keys.
+        """
+        size = self.shape.block_tokens
+        at = slots + layer * 2 * size
+        self.tokens.index_copy_(0, at, key.flatten(1))
+        self.tokens.index_copy_(0, at + size, value.flatten(1))
+
     def keys(self, layer: int) -> torch.Tensor:
-        """Return the keys of one layer, a strided view `[blocks + 1, block_tokens, kv_heads, head_dim]`."""
+        """Return the keys of one layer, a strided view `[blocks + 2, block_tokens, kv_heads, head_dim]`."""
         return self.data[:, layer, 0]
 
     def values(self, layer: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -60,6 +61,21 @@ class Fresh:
 Plan = tuple[Gather | Fresh, ...]
 
 
+class AttentionStep(Protocol):
+    """A step as a model's attention layers see it; `layers_attended` counts those that did."""
+
+    pool: KvPool
+    layers_attended: int
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write one layer's new keys and values, each [tokens, kv_heads, head_dim], to the pool."""
+        ...
+
+    def plan(self, window: int | None) -> Plan:
+        """Return how the step's rows attend under a sliding window (None: full attention)."""
+        ...
+
+
 class PagedStep:
     """What the attention function needs to know of one step; made anew for each, read by all layers."""
 
@@ -92,10 +108,7 @@ class PagedStep:
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write one layer's new keys and values, each [tokens, kv_heads, head_dim], to the pool."""
-        size = self.pool.shape.block_tokens
-        slots = self.slots + layer * 2 * size
-        self.pool.tokens.index_copy_(0, slots, key.flatten(1))
-        self.pool.tokens.index_copy_(0, slots + size, value.flatten(1))
+        self.pool.store(self.slots, layer, key, value)
 
     def plan(self, window: int | None) -> Plan:
         """Return how this step's rows attend under a sliding window (None: full attention)."""
@@ -142,7 +155,11 @@ class PagedStep:
         if window is None or window >= span.count:
             return Fresh(span.first, span.count, None)
         positions = torch.arange(span.count, device=self.device)
-        return Fresh(span.first, span.count, self._additive(positions[:, None], positions[None, :], window)[None, None])
+        return Fresh(
+            span.first,
+            span.count,
+            additive_mask(positions[:, None], positions[None, :], window, self.dtype)[None, None],
+        )
 
     def _gather(self, group: list[Span], window: int | None) -> Gather:
         """Plan a padded gather; all spans of the group have equal counts."""
@@ -162,7 +179,7 @@ class PagedStep:
             count=count,
             packed=self._packed(group, count),
             pages=upload(table.reshape(-1) * (shape.layers * 2), self.device),
-            mask=self._additive(queries[:, :, None], keys[:, None, :], window)[:, None],
+            mask=additive_mask(queries[:, :, None], keys[:, None, :], window, self.dtype)[:, None],
         )
 
     def _packed(self, group: list[Span], count: int) -> torch.Tensor | None:
@@ -174,12 +191,13 @@ class PagedStep:
     def _column(self, values: list[int]) -> torch.Tensor:
         return upload(np.array(values), self.device)[:, None]
 
-    def _additive(self, queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-        """Return 0 where a query position may see a key position, -inf elsewhere."""
-        hidden = keys > queries
-        if window is not None:
-            hidden = hidden | (keys <= queries - window)
-        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+
+def additive_mask(queries: torch.Tensor, keys: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where a query position may see a key position, -inf elsewhere."""
+    hidden = keys > queries
+    if window is not None:
+        hidden = hidden | (keys <= queries - window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def _spans(rows: Sequence[StepRow], block_tokens: int) -> Iterator[Span]:

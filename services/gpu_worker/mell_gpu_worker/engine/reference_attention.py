@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.kv_pool import KvPool
-from mell_gpu_worker.engine.paged_step import Fresh, Gather, PagedStep
+from mell_gpu_worker.engine.paged_step import AttentionStep, Fresh, Gather
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -17,7 +17,7 @@ class ReferenceAttention:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def attend(
-        self, step: PagedStep, layer: int, query: torch.Tensor, fresh: Pair, kind: AttentionKind
+        self, step: AttentionStep, layer: int, query: torch.Tensor, fresh: Pair, kind: AttentionKind
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim]; see `AttentionBackend`."""
         out: torch.Tensor | None = None

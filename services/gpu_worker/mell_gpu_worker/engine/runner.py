@@ -40,20 +40,29 @@ class Runner:
         device = self._pool.data.device
         ids = chain.from_iterable(row.token_ids[row.start : row.start + row.count] for row in rows)
         positions = chain.from_iterable(range(row.start, row.start + row.count) for row in rows)
-        output = self._model(
-            input_ids=upload(torch.tensor([list(ids)]), device),
-            position_ids=upload(torch.tensor([list(positions)]), device),
-            use_cache=False,
-            logits_to_keep=upload(torch.tensor(list(kept) or [0]), device),
-            paged=PagedCall(step, self._backend),
+        logits = call_model(
+            self._model,
+            PagedCall(step, self._backend),
+            upload(torch.tensor(list(ids)), device),
+            upload(torch.tensor(list(positions)), device),
+            upload(torch.tensor(list(kept) or [0]), device),
         )
-        if step.layers_attended != self._pool.shape.layers:
-            raise EngineError(
-                f"{step.layers_attended} of the model's {self._pool.shape.layers} layers use our attention: "
-                f"the torch engine does not run it"
-            )
-        logits: torch.Tensor = output.logits[0]
         return logits[: len(kept)].float()
+
+
+def call_model(
+    model: Any, paged: PagedCall, ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits [kept, vocab] of packed tokens, their `ids` and `positions` [tokens]. Raises `EngineError`."""
+    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept, paged=paged)
+    layers = paged.step.pool.shape.layers
+    if paged.step.layers_attended != layers:
+        raise EngineError(
+            f"{paged.step.layers_attended} of the model's {layers} layers use our attention: "
+            f"the torch engine does not run it"
+        )
+    logits: torch.Tensor = output.logits[0]
+    return logits
 
 
 def last_tokens(rows: Sequence[StepRow]) -> list[int]:

@@ -15,6 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
 from mell_gpu_worker.engine.attention import AttentionBackend, KindRecorder
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
+from mell_gpu_worker.engine.cuda_graphs import GraphsUnavailableError, graphed_runner
+from mell_gpu_worker.engine.decode_runner import DecodeLimits
 from mell_gpu_worker.engine.grammar import GrammarMasks
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.memory import count_blocks, forbid_expandable_segments
@@ -148,12 +150,16 @@ def checked_runner(model: Any, shape: KvShape, device: torch.device, options: En
     reason = "switched off (--compile off)"
     if options.compile == "auto":
         try:
-            make_native = native_runner(model, shape, device, recorder.kinds, check)
-        except NativeUnavailableError as unavailable:
+            if device.type == "cuda":
+                limits = DecodeLimits(options.max_sequences, _max_model_len(options, model.config))
+                event, make = "decodes_in_cuda_graphs", graphed_runner(model, shape, backend, check, limits)
+            else:
+                event, make = "steps_in_cpp", native_runner(model, shape, device, recorder.kinds, check)
+        except (NativeUnavailableError, GraphsUnavailableError) as unavailable:
             reason = str(unavailable)
         else:
-            log.info("steps_in_cpp")
-            return make_native
+            log.info(event)
+            return make
     log.info("steps_in_python", reason=reason)
     return lambda pool: Runner(model, pool, backend)
 

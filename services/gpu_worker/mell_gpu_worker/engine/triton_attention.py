@@ -12,8 +12,9 @@ import torch
 import triton
 
 from mell_gpu_worker.engine.attention import AttentionKind
+from mell_gpu_worker.engine.decode_step import DecodeStep
 from mell_gpu_worker.engine.kv_pool import KvShape
-from mell_gpu_worker.engine.paged_step import PagedStep, Span
+from mell_gpu_worker.engine.paged_step import AttentionStep, PagedStep, Span
 from mell_gpu_worker.engine.triton_kernels import combine_pieces, paged_attention
 from mell_gpu_worker.engine.upload import upload
 
@@ -43,11 +44,11 @@ class TritonAttention:
     """Launches the kernels: for a step's decodes together, for its prefill chunks together."""
 
     def __init__(self) -> None:
-        self._last: tuple[PagedStep, tuple[_Tiles, ...]] | None = None
+        self._last: tuple[AttentionStep, tuple[_Tiles, ...]] | None = None
 
     def attend(
         self,
-        step: PagedStep,
+        step: AttentionStep,
         layer: int,
         query: torch.Tensor,
         fresh: tuple[torch.Tensor, torch.Tensor],
@@ -59,7 +60,7 @@ class TritonAttention:
             _launch(tiles, step, layer, (out, query), kind)
         return out
 
-    def _tiles(self, step: PagedStep, group: int) -> tuple[_Tiles, ...]:
+    def _tiles(self, step: AttentionStep, group: int) -> tuple[_Tiles, ...]:
         """Return the step's launches, the same for all its layers."""
         if self._last is None or self._last[0] is not step:
             self._last = step, tuple(_plan(step, group))
@@ -67,7 +68,7 @@ class TritonAttention:
 
 
 def _launch(
-    tiles: _Tiles, step: PagedStep, layer: int, io: tuple[torch.Tensor, torch.Tensor], kind: AttentionKind
+    tiles: _Tiles, step: AttentionStep, layer: int, io: tuple[torch.Tensor, torch.Tensor], kind: AttentionKind
 ) -> None:
     out, query = io
     shape, heads = step.pool.shape, query.shape[1]
@@ -75,10 +76,9 @@ def _launch(
     assert query.stride(2) == 1
     # A tile whose keys are one piece needs no second kernel, which would give the same bits.
     split = tiles.pieces > 1
-    partial = torch.empty(
-        (tiles.slots if split else 0, heads, shape.head_dim), dtype=torch.float32, device=query.device
-    )
-    scales = torch.empty((len(partial), heads, 2), dtype=torch.float32, device=query.device)
+    slots = tiles.slots if split else 0
+    partial = torch.empty((slots, heads, shape.head_dim), dtype=torch.float32, device=query.device)
+    scales = torch.empty((slots, heads, 2), dtype=torch.float32, device=query.device)
     rows = len(tiles.tiles) * shape.kv_heads
     programs = min(tiles.pieces, max(1, _PROGRAMS // rows)) if split else 1
     sizes = _sizes(shape, kind, heads, SPLIT_KEYS if split else 0)
@@ -122,7 +122,12 @@ def _sizes(shape: KvShape, kind: AttentionKind, heads: int, split_keys: int) -> 
     }
 
 
-def _plan(step: PagedStep, group: int) -> Iterator[_Tiles]:
+def _plan(step: AttentionStep, group: int) -> Iterator[_Tiles]:
+    if isinstance(step, DecodeStep):
+        pieces = -(-step.most_tokens // SPLIT_KEYS)
+        yield _Tiles(1, step.tiles(pieces), step.table, pieces, pieces * len(step.table))
+        return
+    assert isinstance(step, PagedStep)
     decodes = [span for span in step.spans if span.count == 1]
     chunks = [span for span in step.spans if span.count > 1]
     if decodes:
