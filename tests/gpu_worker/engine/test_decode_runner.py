@@ -113,7 +113,7 @@ def test_nothing_of_a_step_is_left_in_the_next(prefilled: tuple[Runner, KvPool, 
     for batch in (rows[2:], rows[:1], rows[::-1], [rows[1]], rows):
         own = list(range(len(batch)))
         assert torch.equal(used.run(batch, own), recorded(runner, pool, 4).run(batch, own))
-    assert torch.equal(first, kept)
+        assert torch.equal(first, kept)
     assert torch.equal(used.run(rows, [2, 0]), first[[2, 0]])
     assert used.run(rows, []).shape == (0, VOCAB)
 

@@ -31,7 +31,8 @@ class CudaGraphs:
 
     def record(self, compute: Compute) -> Compute:
         """Return what replays `compute` on the current stream. Raises `RuntimeError` if it waits for the device."""
-        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):
@@ -39,7 +40,7 @@ class CudaGraphs:
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may copy KV meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory, stream=aside, capture_error_mode="thread_local"):
             out = compute()
 
         def replay() -> torch.Tensor:

@@ -23,7 +23,7 @@ class DecodeInputs:
         self._table = torch.full((rows, blocks), pool.zero_block, dtype=torch.int32, pin_memory=on_gpu)
         self._held: list[list[int]] = [[] for _ in range(rows)]
         """The blocks that each row of the table holds."""
-        self._sent = torch.cuda.Event() if on_gpu else None
+        self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         tokens = torch.zeros_like(self._tokens, device=pool.data.device)
         self.ids, self.positions = tokens
         self.table = torch.zeros_like(self._table, device=pool.data.device)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ class TorchEngine:
     @torch.inference_mode()
     def execute(self, rows: Sequence[StepRow]) -> StepResult:
         """Run one step over `rows`; see the port. Raises `EngineError` if the device has no memory left."""
+        with self._on_device():
+            return self._execute(rows)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Make the pool's GPU the current one, which each thread has of its own."""
+        device = self._open().pool.data.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _execute(self, rows: Sequence[StepRow]) -> StepResult:
         began = time.perf_counter_ns()
         sampling = [index for index, row in enumerate(rows) if row.sampling is not None]
         ends = last_tokens(rows)
@@ -113,6 +123,8 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
     config = load_config(folder)
     max_model_len = _max_model_len(options, config)
     device = choose_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = choose_dtype(options.dtype, device)
     torch.set_num_threads(options.threads or usable_cores())
     shape = kv_shape(config, options.block_tokens, dtype)
