@@ -32,7 +32,9 @@ class WorkerSettings(ServiceSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all cores.")
     compile: Literal["auto", "off"] = Field(
-        "auto", description="`auto`: steps in C++ on CPUs that have a compiler, for models it knows; `off`: in Python."
+        "auto",
+        description="`auto`: steps in C++ on CPUs that have a compiler, for models it knows, decodes in CUDA graphs on "
+        "GPUs; `off`: in Python.",
     )
     kv_blocks: int = Field(0, ge=0, description="KV pool size in blocks; 0: what `memory_share` gives.")
     memory_share: float = Field(0.5, gt=0, le=0.95, description="Share of free memory for the KV pool.")

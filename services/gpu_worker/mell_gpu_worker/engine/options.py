@@ -9,11 +9,12 @@ from typing import Literal
 class EngineOptions:
     """Choices of model, device and memory; each engine reads what concerns it.
 
-    `kv_blocks` 0: as many as `memory_share` of the free memory gives. `max_model_len` 0: the model's context;
-    above it: an error. `threads` 0: all cores. `compile` "auto": steps in C++ where there is a compiler and the
-    model is known. A step computes at most `max_step_tokens` tokens over at most `max_sequences` rows (for sizing
-    buffers ahead). Fields `fake_*` are the fake engine's latency model; fields `vllm_*` say which server stands for
-    the engine, and how long to wait for it. A step longer than `step_timeout_s` is a failed engine.
+    `kv_blocks` 0: as many as `memory_share` of the free memory gives. `max_model_len` 0: the model's context; above
+    it: an error. `threads` 0: all cores. `compile` "auto": steps in C++ where there is a compiler and the model is
+    known, decodes in CUDA graphs on GPUs. A step computes at most `max_step_tokens` tokens over at most
+    `max_sequences` rows (for sizing buffers ahead). Fields `fake_*` are the fake engine's latency model; fields
+    `vllm_*` say which server stands for the engine, and how long to wait for it. A step longer than `step_timeout_s`
+    is a failed engine.
     """
 
     engine: Literal["torch", "fake", "vllm"]
