@@ -15,9 +15,11 @@ from mell_shared.messages.admin import (
     Explanation,
     Happening,
     MigrateReply,
+    ModelStatus,
     MoveResult,
     MoveStatus,
     MovingReply,
+    SequenceStatus,
     Status,
     Story,
     WorkerStatus,
@@ -187,6 +189,35 @@ def test_reasons_are_shown_as_they_are() -> None:
         with answering(200, *said(answer)) as (url, _):
             _, text, _ = mell(*command, "--url", url)
         assert why in text, command
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """A client may call its request what it likes, an operator a model: no name ends a command, or is swallowed."""
+    odd = "[/x][red]y"
+    move = MOVE.model_copy(update={"sequence": odd, "source": odd, "target": odd, "reason": odd})
+    row = SequenceStatus(sequence=odd, request_id=odd, state="moving", worker=odd, target=odd)
+    seen = worker("active", 1).workers[0].model_copy(update={"worker": odd, "model": odd})
+    status = worker("active", 1).model_copy(
+        update={
+            "workers": (seen,), "sequences": (row,), "recent_moves": (move,), "scheduler": odd, "policy": odd,
+            "models": (ModelStatus(model=odd, gpus_wanted=1),),
+        }
+    )  # fmt: skip
+    placed = Happening(what="placed", ago_s=1, worker=odd, generation=1)
+    moved = Happening(what="moved", ago_s=1, worker=odd, generation=1, move=move)
+    running = Story(sequence=odd, request_id=odd, state="running", worker=odd, happenings=(placed, moved))
+    waiting = Story(sequence=odd, state="waiting", model=odd)
+    plan = (DrainRow(sequence=odd, blocks=1, target=odd),)
+    result = MoveResult(sequence=odd, state="committed", message="", move=move)
+    for command, answer, times in (
+        (("status", "--requests"), status, 3 + 2 + 4 + 4),
+        (("explain", "s"), Explanation(stories=(running, waiting)), 3 + 1 + 2 + 2),
+        (("drain", "w"), drained(worker=odd, sequences=plan), 3),
+        (("migrate", "s", "--to", "w2"), MigrateReply(target=odd, moves=(result,)), 2),
+    ):
+        with answering(200, *said(answer)) as (url, _):
+            code, text, errors = mell(*command, "--url", url)
+        assert (code, text.count(odd), errors) == (0, times, ""), (command, text)
 
 
 def test_moves_are_paused_and_resumed() -> None:

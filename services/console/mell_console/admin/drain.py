@@ -62,14 +62,15 @@ def headline(reply: DrainReply) -> str:
     end = ""
     if reply.deadline_s is not None:
         end = f"; what is left after {reply.deadline_s:g} s is placed again elsewhere"
-    return f"{reply.worker} {what}: {count} sequence{'' if count == 1 else 's'} to move{end}"
+    return f"{escape(reply.worker)} {what}: {count} sequence{'' if count == 1 else 's'} to move{end}"
 
 
 def plan_table(reply: DrainReply) -> Table:
     """Return a row for each sequence: where it would go now, or why nowhere."""
     table = Table("sequence", "KV blocks", "goes to", box=None)
     for row in reply.sequences:
-        table.add_row(row.sequence, str(row.blocks), row.target or f"[yellow]{escape(row.why)}[/yellow]")
+        where = escape(row.target) if row.target else f"[yellow]{escape(row.why)}[/yellow]"
+        table.add_row(escape(row.sequence), str(row.blocks), where)
     return table
 
 
