@@ -107,6 +107,21 @@ def test_waiting_for_a_drain_ends_when_the_worker_is_empty(monkeypatch: pytest.M
         assert mell("drain", "w1", "--wait", "--url", url)[::2] == (0, "w1-x has left\n")
 
 
+def test_waiting_outlasts_a_change_of_leaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody answers, or a new leader has not heard from everybody yet, the worker has not left."""
+    monkeypatch.setattr(drain_command, "_POLL_S", 0.0)
+    new = worker("active", 0).model_copy(update={"workers": (), "settled": False})
+    bodies = said(drained(), worker("draining", 2), new, worker("draining", 2), worker("drained", 0))
+    with answering(200, *bodies[:2], b"nobody answers", *bodies[2:]) as (url, _):
+        code, _, errors = mell("drain", "w1", "--wait", "--url", url)
+    assert (code, errors.splitlines()) == (0, ["2 left", "w1-x is empty"])
+    monkeypatch.setattr(drain_command, "_PATIENCE_S", 0.0)
+    with answering(200, *bodies[:2], b"nobody answers") as (url, _):
+        code, _, errors = mell("drain", "w1", "--wait", "--url", url)
+    assert code == 1
+    assert "no JSON" in errors
+
+
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code 3 after the timeout; code 1 if somebody has undrained it."""
     monkeypatch.setattr(drain_command, "_POLL_S", 0.0)
