@@ -75,6 +75,7 @@ class CommandPort:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()  # else its end may come when the event loop is closed
 
 
 def _last_words(output: IO[bytes]) -> str:
