@@ -1,24 +1,28 @@
 """What travels beside the payloads: frames of one fixed size, so that a stranger can never make us allocate.
 
 Little-endian throughout. A connection begins with `Hello` from the source and `Verdict` from the target; then each
-round is any number of `Chunk` frames, each followed by its payload, and a `Mark`, answered by an `Answer`.
+round is one `Group` or more, each followed by the payloads of its chunks, the last one answered by an `Answer`.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mell_gpu_worker.transport.base import SECRET_BYTES, ProtocolError
 
-FRAME_BYTES = 64
-VERSION = 1
+FRAME_BYTES = 512
+MAX_GROUP = 15
+"""Most chunks in one group."""
+VERSION = 2
 _MAGIC = b"MELLKV"
 
-_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQQ8x")
-_VERDICT = struct.Struct("<6sHBxHQ44x")
-_CHUNK = struct.Struct("<BBxxIIIQQQ24x")
-_MARK = struct.Struct("<BxxxIQ48x")
-_ANSWER = struct.Struct("<BBxxIQ48x")
-assert all(each.size == FRAME_BYTES for each in (_HELLO, _VERDICT, _CHUNK, _MARK, _ANSWER))
+_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQQ456x")
+_VERDICT = struct.Struct("<6sHBxHQ492x")
+_GROUP = struct.Struct("<BBBxI24x")
+_CHUNK = struct.Struct("<IIQIBxxxQ")
+_ANSWER = struct.Struct("<BB510x")
+assert all(each.size == FRAME_BYTES for each in (_HELLO, _VERDICT, _ANSWER))
+assert _GROUP.size + MAX_GROUP * _CHUNK.size == FRAME_BYTES
 
 ACCEPTED = 0
 REFUSALS = {
@@ -30,7 +34,7 @@ REFUSALS = {
 }
 UNKNOWN_SECRET, OTHER_SIZE, OVER_LIMIT, TAKEN, OTHER_VERSION = REFUSALS
 
-CHUNK, MARK, ANSWER = 1, 2, 3
+GROUP, ANSWER = 1, 2
 
 DONE = 0
 FAILURES = {1: "a chunk arrived corrupted", 2: "the target could not make sense of what it received"}
@@ -87,40 +91,38 @@ class Chunk:
     count: int
     offset: int
     length: int
-    number: int
-    """Counts the chunks of a transfer from 0."""
     checksum: int | None
-
-    def encode(self) -> bytes:
-        """Return the frame."""
-        checked = self.checksum is not None
-        return _CHUNK.pack(
-            CHUNK, checked, self.slot, self.count, self.number, self.offset, self.length, self.checksum or 0
-        )
-
-    @classmethod
-    def decode(cls, frame: bytes) -> "Chunk":
-        """Read a frame of kind `CHUNK`."""
-        _, checked, slot, count, number, offset, length, checksum = _CHUNK.unpack(frame)
-        return cls(slot, count, offset, length, number, checksum if checked else None)
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """The end of a round: how many chunks and bytes it had."""
+class Group:
+    """The next chunks of a round, whose payloads follow in this order; the `last` group ends the round."""
 
-    chunks: int
-    size_bytes: int
+    number: int
+    """Of the first chunk; counts the chunks of a transfer from 0."""
+    chunks: Sequence[Chunk]
+    last: bool
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _MARK.pack(MARK, self.chunks, self.size_bytes)
+        frame = bytearray(FRAME_BYTES)
+        _GROUP.pack_into(frame, 0, GROUP, self.last, len(self.chunks), self.number)
+        for place, chunk in enumerate(self.chunks):
+            sum_known, checksum = chunk.checksum is not None, chunk.checksum or 0
+            fields = (chunk.slot, chunk.count, chunk.offset, chunk.length, sum_known, checksum)
+            _CHUNK.pack_into(frame, _GROUP.size + place * _CHUNK.size, *fields)
+        return bytes(frame)
 
     @classmethod
-    def decode(cls, frame: bytes) -> "Mark":
-        """Read a frame of kind `MARK`."""
-        _, chunks, size_bytes = _MARK.unpack(frame)
-        return cls(chunks, size_bytes)
+    def decode(cls, frame: bytes) -> "Group":
+        """Read a frame; raises `ProtocolError` unless it is a group of 1 to `MAX_GROUP` chunks, or of none as the last."""
+        kind, last, count, number = _GROUP.unpack_from(frame)
+        if kind != GROUP or count > MAX_GROUP or not (count or last):
+            raise ProtocolError(f"a frame of kind {kind} with {count} chunks makes no sense")
+        fields = _CHUNK.iter_unpack(frame[_GROUP.size : _GROUP.size + count * _CHUNK.size])
+        return cls(
+            number, [Chunk(*placed, checksum if known else None) for *placed, known, checksum in fields], bool(last)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,12 @@ class Answer:
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _ANSWER.pack(ANSWER, self.code, 0, 0)
+        return _ANSWER.pack(ANSWER, self.code)
 
     @classmethod
     def decode(cls, frame: bytes) -> "Answer":
         """Read a frame; raises `ProtocolError` if it is no answer."""
-        kind, code, _, _ = _ANSWER.unpack(frame)
+        kind, code = _ANSWER.unpack(frame)
         if kind != ANSWER or (code != DONE and code not in FAILURES):
             raise ProtocolError("the target answered something else")
         return cls(code)
