@@ -93,6 +93,17 @@ class Chunk:
     length: int
     checksum: int | None
 
+    def encode(self) -> bytes:
+        """Return its entry in a group's frame."""
+        checked = self.checksum is not None
+        return _CHUNK.pack(self.slot, self.count, self.offset, self.length, checked, self.checksum or 0)
+
+    @classmethod
+    def decode(cls, frame: bytes, start: int) -> "Chunk":
+        """Read the entry that begins at `start`."""
+        slot, count, offset, length, checked, checksum = _CHUNK.unpack_from(frame, start)
+        return cls(slot, count, offset, length, checksum if checked else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -105,24 +116,17 @@ class Group:
 
     def encode(self) -> bytes:
         """Return the frame."""
-        frame = bytearray(FRAME_BYTES)
-        _GROUP.pack_into(frame, 0, GROUP, self.last, len(self.chunks), self.number)
-        for place, chunk in enumerate(self.chunks):
-            sum_known, checksum = chunk.checksum is not None, chunk.checksum or 0
-            fields = (chunk.slot, chunk.count, chunk.offset, chunk.length, sum_known, checksum)
-            _CHUNK.pack_into(frame, _GROUP.size + place * _CHUNK.size, *fields)
-        return bytes(frame)
+        head = _GROUP.pack(GROUP, self.last, len(self.chunks), self.number)
+        return b"".join((head, *(chunk.encode() for chunk in self.chunks))).ljust(FRAME_BYTES, b"\0")
 
     @classmethod
     def decode(cls, frame: bytes) -> "Group":
-        """Read a frame; raises `ProtocolError` unless it is a group of 1 to `MAX_GROUP` chunks, or of none as the last."""
+        """Read a frame; raises `ProtocolError` unless it is a group, of no chunks only at a round's end."""
         kind, last, count, number = _GROUP.unpack_from(frame)
         if kind != GROUP or count > MAX_GROUP or not (count or last):
             raise ProtocolError(f"a frame of kind {kind} with {count} chunks makes no sense")
-        fields = _CHUNK.iter_unpack(frame[_GROUP.size : _GROUP.size + count * _CHUNK.size])
-        return cls(
-            number, [Chunk(*placed, checksum if known else None) for *placed, known, checksum in fields], bool(last)
-        )
+        starts = range(_GROUP.size, _GROUP.size + count * _CHUNK.size, _CHUNK.size)
+        return cls(number, [Chunk.decode(frame, start) for start in starts], bool(last))
 
 
 @dataclass(frozen=True, slots=True)
