@@ -1,30 +1,12 @@
 import pytest
 
 from mell_console.up import machine
-from mell_console.up.machine import cgroup_cores, cgroup_memory_left, parse_gpus, visible_gpus
+from mell_console.up.machine import parse_gpus, visible_gpus
 
 TABLE = """0, GPU-aaaa, NVIDIA H200, 143771, 143000
 1, GPU-bbbb, NVIDIA H200, 143771, 100000
 not, a, device
 """
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("350000 100000", 3), ("max 100000", 1 << 30)]
-)
-def test_a_container_s_cpu_limit_counts_in_whole_cores(text: str, cores: int) -> None:
-    """`cpu.max` gives whole cores, at least one; no limit or no file is no limit."""
-    assert cgroup_cores(text) == cores
-    assert cgroup_cores("") == 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("most", "current", "left"),
-    [("1000\n", "400\n", 600), ("1000", "1200", 0), ("max\n", "5\n", 1 << 62), ("", "", 1 << 62)],
-)
-def test_a_container_s_memory_limit_counts_net_of_what_is_used(most: str, current: str, left: int) -> None:
-    """What is left under `memory.max`, never negative; no limit or no file is no limit."""
-    assert cgroup_memory_left(most, current) == left
 
 
 def test_the_driver_s_table_becomes_devices() -> None:

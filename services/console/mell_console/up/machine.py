@@ -6,11 +6,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
-import psutil
-
-_CGROUP = Path("/sys/fs/cgroup")
+from mell_shared.host import available_bytes, usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +33,10 @@ class Machine:
 def read_machine() -> Machine:
     """Return what this process may use; GPUs only if a driver answers and the installed torch can use them."""
     return Machine(
-        cores=min(len(os.sched_getaffinity(0)), cgroup_cores(_read(_CGROUP / "cpu.max"))),
-        memory_bytes=min(
-            psutil.virtual_memory().available,
-            cgroup_memory_left(_read(_CGROUP / "memory.max"), _read(_CGROUP / "memory.current")),
-        ),
+        cores=usable_cores(),
+        memory_bytes=available_bytes(),
         gpus=visible_gpus(nvidia_smi(), os.environ) if torch_uses_cuda() else (),
     )
-
-
-def cgroup_cores(cpu_max: str) -> int:
-    """Return the whole cores that a cgroup's `cpu.max` allows, at least 1; a very large number if it sets no limit."""
-    quota, _, period = cpu_max.partition(" ")
-    if not quota.isdigit() or not period.strip().isdigit():
-        return 1 << 30
-    return max(1, int(quota) // int(period))
-
-
-def cgroup_memory_left(memory_max: str, memory_current: str) -> int:
-    """Return the bytes left under a cgroup's limit; a very large number if it sets none."""
-    if not memory_max.strip().isdigit() or not memory_current.strip().isdigit():
-        return 1 << 62
-    return max(0, int(memory_max) - int(memory_current))
 
 
 def torch_uses_cuda() -> bool:
@@ -102,10 +81,3 @@ def visible_gpus(table: str, environment: Mapping[str, str]) -> tuple[Gpu, ...]:
         return gpus
     by_name = {name: gpu for gpu in gpus for name in (str(gpu.index), gpu.uuid)}
     return tuple(by_name[name.strip()] for name in wanted.split(",") if name.strip() in by_name)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

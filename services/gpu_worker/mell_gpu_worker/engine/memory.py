@@ -1,32 +1,18 @@
 """How much memory a device has left, and how many KV blocks that makes."""
 
-from pathlib import Path
-
-import psutil
 import torch
 
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.kv_pool import KvShape
 from mell_gpu_worker.engine.options import EngineOptions
-
-_CGROUP = Path("/sys/fs/cgroup")
+from mell_shared.host import available_bytes
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of a device; of the host: what is available and within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(psutil.virtual_memory().available, _container_bytes(_CGROUP))
-
-
-def _container_bytes(cgroup: Path) -> int:
-    """Return what a version 2 control group has left; without a limit, more than any machine has."""
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(0, int(limit) - used)
+    return available_bytes()
 
 
 def forbid_expandable_segments() -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mell_gpu_worker.engine.self_check import MakeRunner, ModelCheck
 from mell_gpu_worker.engine.support import load_config
 from mell_gpu_worker.engine.weights import choose_device, choose_dtype, load_model, model_digest
 from mell_gpu_worker.model_store import ModelStoreError, verify
+from mell_shared.host import usable_cores
 from mell_shared.models import locate_model
 
 
@@ -112,7 +112,7 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
     max_model_len = _max_model_len(options, config)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or usable_cores())
     shape = kv_shape(config, options.block_tokens, dtype)
     model = load_model(folder, config, device, dtype)
     with torch.inference_mode():
