@@ -153,11 +153,12 @@ class UcxLink:
 
 
 class Flight:
-    """Counts what is under way in one direction, bounds it, and keeps the first error."""
+    """Counts what is under way in one direction, bounds it, and keeps the first error; one task waits at a time."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._under_way = 0
+        self._awaited = 0
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
@@ -178,9 +179,11 @@ class Flight:
     def noted(self, error: Exception | None) -> None:
         """Keep the first error."""
         self._error = self._error or error
-        self._changed.set()
+        if self._under_way <= self._awaited or self._error is not None:
+            self._changed.set()
 
     async def _until(self, most: int) -> None:
+        self._awaited = most
         while self._under_way > most and self._error is None:
             self._changed.clear()
             await self._changed.wait()
