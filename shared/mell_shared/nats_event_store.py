@@ -12,12 +12,14 @@ from nats.js.api import DiscardPolicy, Header, PubAck, StorageType, StreamConfig
 from nats.js.errors import NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
 from mell_shared.events.envelope import CONTENT_TYPE
-from mell_shared.events.store import EventRecord, EventStoreError, Retention, StoredEvent
+from mell_shared.events.store import EventRecord, EventStoreError, EventTooLargeError, Retention, StoredEvent
 from mell_shared.nats_bus import NatsBus
 from mell_shared.subjects import Subjects, event_stream
 
 _ASK_TIMEOUT_S = 5.0
 _MAX_READ_BYTES = 4 * 2**20
+_HEADER_BYTES = 1024
+"""At most, of an event's message."""
 _SEQUENCE, _SUBJECT, _STATUS = "Nats-Sequence", "Nats-Subject", "Status"
 
 
@@ -41,6 +43,9 @@ class NatsEventStore:
             await self._make(self._retention)
         if not records:
             return 0
+        if not self._fits(records[0]):
+            size, most = len(records[0].body), self._bus.max_payload
+            raise EventTooLargeError(f"{size} bytes are more than a message to this broker may have, {most}")
         acks = await self._publish(records)
         if acks:
             await asyncio.wait(acks, timeout=_ASK_TIMEOUT_S)
@@ -52,12 +57,15 @@ class NatsEventStore:
         self._close(acks, written)
         return written
 
+    def _fits(self, record: EventRecord) -> bool:
+        return len(record.body) + _HEADER_BYTES <= self._bus.max_payload
+
     async def _publish(self, records: Sequence[EventRecord]) -> list[asyncio.Future[PubAck]]:
         """Send what goes over one and the same connection: on it nothing is lost but from some point on."""
         acks: list[asyncio.Future[PubAck]] = []
         connection = self._bus.stats.reconnections
         for record in records:
-            if not self._bus.connected or self._bus.stats.reconnections != connection:
+            if not self._bus.connected or self._bus.stats.reconnections != connection or not self._fits(record):
                 break
             headers = {Header.MSG_ID.value: record.message_id, "content-type": CONTENT_TYPE}
             subject = self._subjects.event(record.type)

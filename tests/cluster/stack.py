@@ -55,7 +55,8 @@ class Service:
 
     def lines(self) -> list[str]:
         """Return all that it wrote, by line."""
-        return self._log.read_text().splitlines()
+        # As far as they are whole: it may be writing the last one.
+        return self._log.read_text(errors="replace").rpartition("\n")[0].splitlines()
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events of that name that it has logged."""

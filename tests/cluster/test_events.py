@@ -82,15 +82,17 @@ def test_a_request_that_moves_is_told_by_who_knows_it(stack: Stack, frontend: Se
     """Arrived and finished by the frontend, placed and moved by the scheduler, each under one id."""
     with stack.client(frontend) as client:
         client.headers["x-request-id"] = "moved-one"
-        stream = StreamedChat(client, 300)
+        stream = StreamedChat(client, 3_000)
         stream.read(20)
         placed = eventually(lambda: told(client, "moved-one").get("request.placed"), "placed is told")
         there = placed["data"]["worker"]
-        status = client.get("/admin/status").json()
-        other = next(worker["worker"] for worker in status["workers"] if worker["worker"] != there)
+        other = eventually(
+            lambda: [w["worker"] for w in client.get("/admin/status").json()["workers"] if w["worker"] != there],
+            "the other worker is known",
+        )[0]
         moved = client.post("/admin/requests/moved-one/migrate", json={"to": other})
         assert moved.status_code == 200, moved.text
-        stream.read()
+        stream.leave()
         of = eventually(
             lambda: (found := told(client, "moved-one")) and len(found) == 4 and found, "four types of events"
         )
@@ -98,7 +100,8 @@ def test_a_request_that_moves_is_told_by_who_knows_it(stack: Stack, frontend: Se
         migrated = of["request.migrated"]["data"]
         assert (migrated["source"], migrated["target"], migrated["cause"]) == (there, other, "manual")
         finished = of["request.finished"]["data"]
-        assert (finished["completion_tokens"], finished["outcome"]) == (300, "complete")
+        assert finished["completion_tokens"] >= 20
+        assert finished["outcome"] == "client_gone"
         assert {event["source"].split("/")[2] for event in of.values()} == {"frontend", "scheduler"}
         assert stream.text[:30] not in json.dumps(events(client))
 
@@ -106,8 +109,13 @@ def test_a_request_that_moves_is_told_by_who_knows_it(stack: Stack, frontend: Se
 def test_every_source_counts_without_holes_from_its_state_on(stack: Stack, frontend: Service) -> None:
     """From 1, in order; number 1 says how things stand; all workers are told of."""
     with stack.client(frontend) as client:
+        client.headers["x-request-id"] = "counted"
         whole_text(client, 5)
-        eventually(lambda: "request.finished" in [event["type"] for event in events(client)], "an end is told")
+        finished = eventually(lambda: told(client, "counted").get("request.finished"), "an end is told")["data"]
+        assert (finished["completion_tokens"], finished["outcome"]) == (5, "complete")
+        eventually(
+            lambda: [event["type"] for event in events(client)].count("worker.joined") == 2, "both workers are told"
+        )
         found = events(client)
     by_source: dict[str, list[dict[str, Any]]] = {}
     for event in found:
@@ -116,7 +124,6 @@ def test_every_source_counts_without_holes_from_its_state_on(stack: Stack, front
     for own in by_source.values():
         assert [int(event["sequence"]) for event in own] == list(range(1, len(own) + 1))
         assert own[0]["type"].endswith(".state")
-    assert len([event for event in found if event["type"] == "worker.joined"]) == 2
 
 
 def test_the_console_shows_them(stack: Stack, frontend: Service) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mell_shared.messages.scheduler import MigrationCommitted, MigrationFailed
 from tests.cluster.mover import mover
-from tests.cluster.stack import Service, Stack, StreamedChat, whole_text
+from tests.cluster.stack import Service, Stack, StreamedChat, eventually, whole_text
 
 pytestmark = pytest.mark.connected
 
@@ -118,7 +118,10 @@ def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: http
     assert not chat.done, "all of it happened in mid-stream"
     assert story.startswith(chat.read(len(chat.text) + 20))
     chat.leave()
-    assert visited.events("transport_stranger_turned_away") or visited.events("transport_refused")
+    eventually(
+        lambda: visited.events("transport_stranger_turned_away") or visited.events("transport_refused"),
+        "the stranger is turned away",
+    )
     for worker in workers.values():
         worker.ask_to_stop()
         assert worker.exit_code() == 0

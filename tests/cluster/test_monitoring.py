@@ -1,6 +1,5 @@
 """Real processes export what the metrics page says, and nothing else; the figures are those of what happened."""
 
-import socket
 from collections.abc import Iterator
 
 import httpx
@@ -9,14 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from docs import generate_metrics
 from tests.cluster.stack import Stack, eventually, whole_text
+from tests.ports import free_port
 
 pytestmark = pytest.mark.connected
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,10 @@ def test_a_request_that_moves_is_one_trace(stack: Stack, collector: Collector) -
         stream = StreamedChat(client, 900)
         stream.read(20)
         del client.headers["traceparent"]
-        status = client.get("/admin/status?sequences=true").json()
+        status = eventually(
+            lambda: (seen := client.get("/admin/status?sequences=true").json()) and len(seen["workers"]) == 2 and seen,
+            "both workers are known",
+        )
         (here,) = {row["worker"] for row in status["sequences"]}
         there = next(worker["worker"] for worker in status["workers"] if worker["worker"] != here)
         moved = client.post("/admin/requests/traced/migrate", json={"to": there}).json()["moves"]
@@ -62,7 +65,10 @@ def test_a_request_that_moves_is_one_trace(stack: Stack, collector: Collector) -
     route = "POST /v1/chat/completions"
     placing = {route: 1, "ask for a place": 1, "place": 1, "submit": 1}
     expected = {**placing, "generate": 2, "migrate": 1, "move out": 1, "move in": 1}
-    eventually(lambda: len(collector.spans()) >= sum(expected.values()), "the spans of a request and its move")
+    eventually(
+        lambda: sum(map(len, spans_of(collector, CLIENTS).values())) >= sum(expected.values()),
+        "the spans of a request and its move",
+    )
     found = spans_of(collector, CLIENTS)
     assert {name: len(spans) for name, spans in found.items()} == expected
     services = {name: {service for service, _ in spans} for name, spans in found.items()}

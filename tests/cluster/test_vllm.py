@@ -3,7 +3,6 @@
 A token that is lost, comes twice or out of turn changes all that follows.
 """
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.cluster.stack import Service, Stack, StreamedChat, eventually
 from tests.cluster.test_operators import holder, mell
+from tests.ports import free_port
 
 pytestmark = pytest.mark.connected
 
@@ -81,9 +81,7 @@ def pairs(stack: Stack) -> dict[str, Pair]:
     """Two workers with a server each."""
     made = {}
     for name in ("one", "two"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         server = _serve(stack, port)
         url = f"http://127.0.0.1:{port}"
         flags = (

@@ -15,9 +15,11 @@ from mell_shared.messages.admin import (
     Explanation,
     Happening,
     MigrateReply,
+    ModelStatus,
     MoveResult,
     MoveStatus,
     MovingReply,
+    SequenceStatus,
     Status,
     Story,
     WorkerStatus,
@@ -105,6 +107,21 @@ def test_waiting_for_a_drain_ends_when_the_worker_is_empty(monkeypatch: pytest.M
         assert mell("drain", "w1", "--wait", "--url", url)[::2] == (0, "w1-x has left\n")
 
 
+def test_waiting_outlasts_a_change_of_leaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody answers, or a new leader has not heard from everybody yet, the worker has not left."""
+    monkeypatch.setattr(drain_command, "_POLL_S", 0.0)
+    new = worker("active", 0).model_copy(update={"workers": (), "settled": False})
+    bodies = said(drained(), worker("draining", 2), new, worker("draining", 2), worker("drained", 0))
+    with answering(200, *bodies[:2], b"nobody answers", *bodies[2:]) as (url, _):
+        code, _, errors = mell("drain", "w1", "--wait", "--url", url)
+    assert (code, errors.splitlines()) == (0, ["2 left", "w1-x is empty"])
+    monkeypatch.setattr(drain_command, "_PATIENCE_S", 0.0)
+    with answering(200, *bodies[:2], b"nobody answers") as (url, _):
+        code, _, errors = mell("drain", "w1", "--wait", "--url", url)
+    assert code == 1
+    assert "no JSON" in errors
+
+
 def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code 3 after the timeout; code 1 if somebody has undrained it."""
     monkeypatch.setattr(drain_command, "_POLL_S", 0.0)
@@ -187,6 +204,35 @@ def test_reasons_are_shown_as_they_are() -> None:
         with answering(200, *said(answer)) as (url, _):
             _, text, _ = mell(*command, "--url", url)
         assert why in text, command
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """A client may call its request what it likes, an operator a model: no name ends a command, or is swallowed."""
+    odd = "[/x][red]y"
+    move = MOVE.model_copy(update={"sequence": odd, "source": odd, "target": odd, "reason": odd})
+    row = SequenceStatus(sequence=odd, request_id=odd, state="moving", worker=odd, target=odd)
+    seen = worker("active", 1).workers[0].model_copy(update={"worker": odd, "model": odd})
+    status = worker("active", 1).model_copy(
+        update={
+            "workers": (seen,), "sequences": (row,), "recent_moves": (move,), "scheduler": odd, "policy": odd,
+            "models": (ModelStatus(model=odd, gpus_wanted=1),),
+        }
+    )  # fmt: skip
+    placed = Happening(what="placed", ago_s=1, worker=odd, generation=1)
+    moved = Happening(what="moved", ago_s=1, worker=odd, generation=1, move=move)
+    running = Story(sequence=odd, request_id=odd, state="running", worker=odd, happenings=(placed, moved))
+    waiting = Story(sequence=odd, state="waiting", model=odd)
+    plan = (DrainRow(sequence=odd, blocks=1, target=odd),)
+    result = MoveResult(sequence=odd, state="committed", message="", move=move)
+    for command, answer, times in (
+        (("status", "--requests"), status, 3 + 2 + 4 + 4),
+        (("explain", "s"), Explanation(stories=(running, waiting)), 3 + 1 + 2 + 2),
+        (("drain", "w"), drained(worker=odd, sequences=plan), 3),
+        (("migrate", "s", "--to", "w2"), MigrateReply(target=odd, moves=(result,)), 2),
+    ):
+        with answering(200, *said(answer)) as (url, _):
+            code, text, errors = mell(*command, "--url", url)
+        assert (code, text.count(odd), errors) == (0, times, ""), (command, text)
 
 
 def test_moves_are_paused_and_resumed() -> None:

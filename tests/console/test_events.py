@@ -64,6 +64,17 @@ def test_who_follows_goes_on_where_the_connection_broke(monkeypatch: pytest.Monk
     assert errors == "mell: the broker is gone\n"
 
 
+def test_who_follows_what_is_rare_goes_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the wanted type has been seen, but how far the stream was: what came meanwhile is asked for."""
+    monkeypatch.setattr(events_command, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(events_command, "_PATIENCE_S", 0.0)
+    quiet, gone = b"id: 40\n\nid: 57\n: nothing new\n\n", b'data: {"error": {"message": "the broker is gone"}}\n\n'
+    with answering(200, quiet, gone) as (url, seen):
+        code, out, _ = mell("events", "--follow", "--json", "--type", "worker.lost", "--url", url)
+    assert (code, out) == (1, "")
+    assert [asked(request["path"]).get("after") for request in seen[:2]] == [None, "57"]
+
+
 @pytest.mark.parametrize(
     ("code", "body", "said"),
     [

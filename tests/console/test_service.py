@@ -1,4 +1,5 @@
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -7,12 +8,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from rich.console import Console
 
 from mell_console.up.child import Child, ChildSpec
 from mell_console.up.logfile import LogFile
+from mell_console.up.plan import WorkerPlan
+from mell_console.up.screen import make_screen
 from mell_console.up.service import Notice, Service, ServicePorts
+from mell_console.up.settings import UpSettings
+from mell_console.up.stack import Stack, StackPlan
 from mell_shared.clock import SystemClock
 from mell_shared.process import StartError
 from tests.console.conftest import ProgramMaker
@@ -190,6 +198,41 @@ def test_children_die_with_a_parent_that_is_killed(program: ProgramMaker) -> Non
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive(child)
+
+
+async def test_a_log_that_cannot_be_written_stops_nobody(tmp_path: Path, program: ProgramMaker) -> None:
+    """A full disk costs lines: it is told once, and the service is read on, so that it does not stand still."""
+    (tmp_path / "service.log").symlink_to("/dev/full")
+    log = LogFile(tmp_path / "service.log")
+    notices: list[Notice] = []
+    source = "say('one')\nprint('x' * 200_000, flush=True)\nsay('two')\n" + FOREVER
+    service = Service(program(source), ServicePorts(log, notices.append, SystemClock()))
+    running = asyncio.create_task(service.run())
+    assert (await service.ready())["model"] == "m"
+    await service.stop(10.0)
+    await running
+    log.close()
+    assert [notice.text for notice in notices] == [f"{log.path} cannot be written: No space left on device"]
+
+
+async def test_a_stack_keeps_no_log_open_of_workers_that_were_stopped(tmp_path: Path, program: ProgramMaker) -> None:
+    """One that scales for weeks would run out of files."""
+    settings = UpSettings.from_command_line(["--engine", "fake", "--workers", "1..2"])
+    plan = StackPlan(settings, (WorkerPlan("worker-1", "fake", "fake", 1, 1.0),), 1, tmp_path, {})
+    stack = Stack(plan, make_screen(Console(file=io.StringIO())), SystemClock())
+    stack._launch = SimpleNamespace(worker=lambda part, number: program(FOREVER, name=part.name))  # type: ignore[assignment]
+
+    def logs_open() -> int:
+        return sum(file.path.startswith(str(tmp_path)) for file in psutil.Process().open_files())
+
+    for _ in range(3):
+        await stack.start_worker("worker-1")
+        assert logs_open() == 1
+        await stack.stop_worker("worker-1")
+        async with asyncio.timeout(20):
+            while logs_open() or stack._tasks:  # noqa: ASYNC110 - closing a file sets no event
+                await asyncio.sleep(0.01)
+    await stack.stop()
 
 
 def test_a_log_turns_over_when_it_is_full(tmp_path: Path) -> None:

@@ -177,8 +177,6 @@ def test_what_it_cannot_show_is_one_line_and_code_1(status: int, body: bytes, to
 
 def test_nobody_there_is_code_1() -> None:
     """A port that nobody listens on."""
-    with answering(200, b"") as (url, _):
-        pass
-    code, _, complaint = run("top", "--once", "--url", url)
+    code, _, complaint = run("top", "--once", "--url", "http://127.0.0.1:1")
     assert code == 1
     assert "is the stack up" in complaint

@@ -17,11 +17,21 @@ _SLOW_SMALL = {"MELL_FAKE_STEP_US": "20000", "MELL_PROFILE_S": "0", "MELL_KV_BLO
 """A step of 20 ms and 64 blocks of 16 tokens: seven answers of 130 tokens are all that one worker holds."""
 
 
-def bench(url: str, *flags: str) -> dict[str, object]:
-    """Return the report of `mell bench`."""
+def start_bench(url: str, *flags: str) -> subprocess.Popen[str]:
+    """Start a `mell bench`."""
     command = [sys.executable, "-m", "mell_console", "bench", url, *flags, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=False)
-    return dict(json.loads(done.stdout))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def report_of(running: subprocess.Popen[str]) -> dict[str, object]:
+    """Wait for its end and return its report."""
+    return dict(json.loads(running.communicate(timeout=100)[0]))
+
+
+def bench(url: str, *flags: str) -> dict[str, object]:
+    """Return the report of a `mell bench`."""
+    with start_bench(url, *flags) as running:
+        return report_of(running)
 
 
 def test_workers_come_with_the_load_and_go_with_it(start: Starter, tmp_path: Path) -> None:
@@ -30,11 +40,12 @@ def test_workers_come_with_the_load_and_go_with_it(start: Starter, tmp_path: Pat
     url = up.up()
     assert len([command for command in up.family.values() if "mell_gpu_worker" in command]) == 1
     flags = ["--requests", "50", "--concurrency", "25", "--prompt-tokens", "16", "--output-tokens", "100"]
-    report = bench(url, *flags)
+    with start_bench(url, *flags) as running:
+        up.until(r"worker-2: .* KV blocks")
+        up.meet()
+        second = up.child("--worker-name worker-2")
+        report = report_of(running)
     assert report["whole"] == 50, report
-    up.until(r"worker-2: .* KV blocks")
-    up.meet()
-    second = up.child("--worker-name worker-2")
     assert re.search(r"(?m)^scaler: \d workers are wanted: starting worker-2", up.text)
     left = r"scaler: worker-\d-\w+ is drained and empty: stopping it, (\d) are left"
     while up.until(left)[1] != "1":

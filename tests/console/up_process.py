@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,8 @@ class Up:
     def meet(self) -> None:
         """Remember the processes it has now."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            self.family[child.pid] = " ".join(child.cmdline())
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                self.family[child.pid] = " ".join(child.cmdline())
 
     def child(self, words: str) -> int:
         """Return the process id of the child whose command line holds `words`."""

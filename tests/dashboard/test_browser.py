@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.cluster.stack import Service, Stack, StreamedChat
 from tests.dashboard.browser import CHROMIUM, NO_CHROMIUM, chromium
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.connected,
@@ -120,7 +121,7 @@ def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, f
     expect(page.locator("#shadow-name")).to_have_text("worst-fit: 1")
     expect(page.locator("#rate")).not_to_have_text("0")
     expect(page.locator("#ttft-note")).to_contain_text("median")
-    assert page.evaluate(
+    page.wait_for_function(
         "document.getElementById('canvas').getContext('2d').getImageData(0, 0, 900, 200).data.some(x => x)"
     )
     answer.leave()
@@ -265,12 +266,13 @@ def test_it_says_so_when_the_scheduler_is_gone_and_comes_back_with_it(
 
 def test_it_says_so_when_the_frontend_is_gone(context: BrowserContext, stack: Stack) -> None:
     """And tries again until one is there."""
-    service = stack.start("mell_frontend", "--models", "fake", "--port", "0")
+    flags = ("--models", "fake", "--port", str(free_port()))
+    service = stack.start("mell_frontend", *flags)
     url = service.ready()["url"]
     page = context.new_page()
     page.goto(f"{url}/dashboard")
     expect(page.locator("#link-text")).to_have_text("live")
     service.kill()
     expect(page.get_by_role("alert")).to_contain_text("Not connected")
-    stack.start("mell_frontend", "--models", "fake", "--port", url.rpartition(":")[2]).ready(patience_s=90)
+    stack.start("mell_frontend", *flags).ready(patience_s=90)
     expect(page.locator("#link-text")).to_have_text("live")

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from types import TracebackType
 
 from mell_shared.process import death_with_parent
 from tests.docs.pages import Block
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 180.0
@@ -28,7 +28,7 @@ class Reader:
         self._folder = folder / "mell"
         self._logs = folder
         self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self._ports = {port: str(_free_port()) for port in _PORTS}
+        self._ports = {port: str(free_port()) for port in _PORTS}
         self._environment = self._make_environment(folder)
         self._folder.mkdir()
         for path in ROOT.iterdir():
@@ -86,7 +86,7 @@ class Reader:
             )
         self._running.append((process, log))
         deadline_s = time.monotonic() + _PATIENCE_S
-        while block.until not in log.read_text():
+        while block.until not in log.read_text(errors="replace"):  # it may be writing
             assert process.poll() is None, f"line {block.line}: it ended\n{log.read_text()}"
             assert time.monotonic() < deadline_s, f"line {block.line}: no {block.until!r}\n{log.read_text()}"
             time.sleep(0.05)
@@ -132,9 +132,3 @@ def _stop(process: "subprocess.Popen[bytes]") -> int:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

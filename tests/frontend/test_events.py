@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from mell_frontend import event_feed
 from mell_frontend.app import create_app
 from mell_frontend.event_feed import EventFeed
 from mell_frontend.generation import GenerationError
@@ -167,6 +168,29 @@ async def test_who_follows_gets_what_comes_until_the_frontend_stops(told: Told) 
         assert await reading == [2, 3, 4]
 
 
+async def test_who_waits_for_what_is_rare_hears_that_the_connection_lives_and_how_far_it_is(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while other events come all the time; whoever asks again goes on there, and misses nothing."""
+    monkeypatch.setattr(event_feed, "_QUIET_S", 0.0)
+    read, reads = told.store.read, 0
+
+    async def read_busily(after: int, limit: int) -> list[StoredEvent]:
+        nonlocal reads
+        reads += 1
+        if reads == 30:
+            told.feed.stop()
+        elif reads < 30:
+            await told.put(reads, reads, "request.placed")
+        return await read(after, limit)
+
+    monkeypatch.setattr(told.store, "read", read_busily)
+    text = (await told.client.get("/admin/events?follow=true&last=0&type=worker.lost")).text
+    ids = [int(line.removeprefix("id: ")) for line in text.splitlines() if line.startswith("id: ")]
+    assert ids == list(range(30))
+    assert "data:" not in text
+
+
 @pytest.mark.parametrize("query", ["follow=maybe", "last=-1", "last=10001", "last=x", "after=1.5", f"after={2**70}"])
 async def test_a_bad_question_is_told_what_is_wrong(told: Told, query: str) -> None:
     """Before anything is asked of the broker."""
@@ -199,7 +223,7 @@ async def test_a_broker_lost_while_reading_ends_the_answer_with_the_reason(
 
     monkeypatch.setattr(told.store, "read", read_once)
     text = (await told.client.get("/admin/events?follow=true&after=0")).text
-    assert [line[:5] for line in text.splitlines() if line.startswith("id: ")] == ["id: 1", "id: 2"]
+    assert [line[:5] for line in text.splitlines() if line.startswith("id: ")] == ["id: 0", "id: 1", "id: 2"]
     assert json.loads(text.splitlines()[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
 
 

@@ -11,6 +11,7 @@ from mell_gpu_worker.settings import WorkerSettings
 from mell_gpu_worker.transport import factory
 from mell_gpu_worker.worker_config import modes_of
 from mell_shared.process import StartError
+from tests.ports import free_port
 
 from .streaming import worker_settings
 
@@ -35,8 +36,7 @@ async def test_by_default_the_port_is_where_the_broker_is_reached_from(kind: str
 
 async def test_host_and_port_are_settings() -> None:
     """What others are told is what was asked for."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     settings = worker_settings(transport="tcp", data_host="localhost", data_port=port)
     transport = await open_data_port(settings, engine(settings), DataCounts())
     assert transport.address == f"tcp://localhost:{port}"

@@ -1,4 +1,4 @@
-"""Mell before a real vLLM server: a whole stack of processes, two workers, one server, a small real model."""
+"""Mell before two real vLLM servers: a whole stack of processes, a worker for each server, a small real model."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from mell_shared.models import DEFAULT_MODEL
-from tests.cluster.stack import Service, Stack, eventually
+from tests.cluster.stack import QUICK, Service, Stack, eventually
 from tests.cluster.test_operators import holder, mell
 from tests.vllm_process import VllmProcess
 
@@ -22,17 +22,27 @@ PATIENCE_S = 600.0
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A broker and a scheduler."""
-    with Stack(tmp_path_factory.mktemp("stack")) as stack:
+    # Servers that compute on the same cores leave workers little of them, so silence has to be long to mean anything.
+    with Stack(tmp_path_factory.mktemp("stack"), {**QUICK, "MELL_WORKER_SILENCE_S": "10"}) as stack:
         stack.start_scheduler().ready()
         yield stack
 
 
 @pytest.fixture(scope="module")
-def workers(stack: Stack, real_vllm: VllmProcess) -> dict[str, Service]:
-    """Two workers before the one server; each takes what the other holds there for somebody else's."""
-    flags = ("--engine", "vllm", "--model", DEFAULT_MODEL, "--vllm-url", real_vllm.url)
-    names = ("one", "two")
-    made = {name: stack.start("mell_gpu_worker", *flags, "--worker-name", name) for name in names}
+def servers(real_vllm: VllmProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, VllmProcess]]:
+    """A server for each worker."""
+    with VllmProcess(tmp_path_factory.mktemp("second-vllm")) as second:
+        yield {"one": real_vllm, "two": second}
+
+
+@pytest.fixture(scope="module")
+def workers(stack: Stack, servers: dict[str, VllmProcess]) -> dict[str, Service]:
+    """A worker before each server."""
+    flags = ("--engine", "vllm", "--model", DEFAULT_MODEL)
+    made = {
+        name: stack.start("mell_gpu_worker", *flags, "--vllm-url", server.url, "--worker-name", name)
+        for name, server in servers.items()
+    }
     for worker in made.values():
         worker.ready(PATIENCE_S)
     return made
@@ -134,16 +144,40 @@ def test_a_stream_moves_in_mid_stream(
             print(f"moved to {name}:", {k: v for k, v in event.items() if k.endswith(("_us", "_tokens"))})  # noqa: T201
 
 
-def test_a_server_that_is_killed_and_started_again_costs_time_only(
-    client: httpx.Client, workers: dict[str, Service], real_vllm: VllmProcess, story: str
+def test_a_killed_server_s_stream_goes_on_at_the_other(
+    client: httpx.Client,
+    frontend: Service,
+    workers: dict[str, Service],
+    servers: dict[str, VllmProcess],
+    story: str,
 ) -> None:
-    """Its workers stay; the stream waits in the queue and goes on after the last token delivered."""
+    """After the last token delivered, with the text of one server alone; the killed one's worker stays."""
     chat = Streamed(client)
     chat.read(20)
-    real_vllm.kill()
-    for worker in workers.values():
-        eventually(lambda worker=worker: worker.events("engine_away"), "the server is missed", 60.0)
-    real_vllm.start()
+    here, _ = holder(frontend)
+    servers[here].kill()
+    assert chat.read() == story
+    assert chat.usage is not None
+    assert chat.usage["completion_tokens"] == TOKENS
+    assert workers[here].events("engine_away")
+    servers[here].start()
+    eventually(lambda: workers[here].events("engine_back"), "its server is used again", 120.0)
+
+
+def test_servers_that_are_all_killed_and_started_again_cost_time_only(
+    client: httpx.Client, workers: dict[str, Service], servers: dict[str, VllmProcess], story: str
+) -> None:
+    """Their workers stay; the stream waits in the queue and goes on after the last token delivered."""
+    chat = Streamed(client)
+    chat.read(20)
+    before = {name: len(worker.events("engine_away")) for name, worker in workers.items()}
+    for server in servers.values():
+        server.kill()
+    for name, worker in workers.items():
+        seen = before[name]
+        eventually(lambda worker=worker, seen=seen: len(worker.events("engine_away")) > seen, "it is missed", 60.0)
+    for server in servers.values():
+        server.start()
     assert chat.read() == story
     assert chat.usage is not None
     assert chat.usage["completion_tokens"] == TOKENS

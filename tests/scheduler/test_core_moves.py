@@ -4,7 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from mell_scheduler.core import Command, LeadershipTaken, MigrationSettled, StartMigration, WantGpus
+from mell_scheduler.core import (
+    Command,
+    LeadershipTaken,
+    MigrationSettled,
+    OperatorAsked,
+    StartMigration,
+    WantGpus,
+)
+from mell_shared.messages.admin import MigrateRequest
 from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, MigrationFailed
 from tests.scheduler.script import SECOND, Row, Script, placed, queued, replies
 
@@ -24,12 +32,20 @@ def settled(commands: list[Command]) -> list[tuple[str, str]]:
 class Packed(Script):
     """Two workers that can move sequences: `a` holds much, `b` little, so that `repack` empties `b` into `a`."""
 
-    def __init__(self, *, modes: tuple[str, ...] = KV, second_modes: tuple[str, ...] | None = None, **settings: int):
+    def __init__(
+        self,
+        *,
+        modes: tuple[str, ...] = KV,
+        second_modes: tuple[str, ...] | None = None,
+        second_seats: int = 32,
+        **settings: int,
+    ):
         super().__init__("repack", **settings)
         self.rows: dict[str, list[Row]] = {"a": [("big", 1, 640, 40)], "b": [("small", 1, 160, 10)]}
         self.send(LeadershipTaken(7))
         self.join("a", migration_modes=modes)
-        self.join("b", migration_modes=modes if second_modes is None else second_modes)
+        second = modes if second_modes is None else second_modes
+        self.join("b", migration_modes=second, max_sequences=second_seats)
 
     def second(self) -> list[Command]:
         """Everybody reports, and a second passes."""
@@ -273,6 +289,20 @@ def test_the_targets_report_settles_a_move_whose_news_was_lost() -> None:
     assert scene.free("b") == free + order.blocks - 10
     scene.report("b")
     assert scene.free("b") == 100
+
+
+def test_a_source_that_has_not_let_go_yet_takes_no_other_in_its_place() -> None:
+    """The target's report says that it has moved; the copy at the source still takes its only seat."""
+    scene = Packed(second_seats=1)
+    scene.second()
+    scene.second()
+    asked = MigrateRequest(ask="1", request="small", target="a", mode="kv")
+    (order,) = orders(scene.send(OperatorAsked("operator", asked)))
+    assert order.source == "b"
+    assert settled(scene.report("a", ("big", 1, 640, 40), ("small", 2, 160, 10))) == [("small", "committed")]
+    assert "b" in scene.core.ledger.models["m"].closed
+    scene.report("b")
+    assert not scene.core.ledger.models["m"].closed
 
 
 def test_a_source_that_has_let_go_settles_it_too() -> None:

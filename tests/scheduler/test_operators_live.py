@@ -7,8 +7,12 @@ import pytest
 
 from mell_scheduler.core import Answer, OperatorAsked, StartMigration
 from mell_scheduler.core.journal import replay
+from mell_scheduler.pause import PauseMemory
 from mell_shared.bus import Bus, Delivery, NoResponderError
 from mell_shared.codec import decode, encode
+from mell_shared.key_value import Entry
+from mell_shared.memory_bus import MemoryBroker
+from mell_shared.memory_key_value import MemoryBucket, MemoryKeyValue
 from mell_shared.messages.admin import (
     ADMIN_REPLY,
     AdminRefused,
@@ -30,7 +34,7 @@ from mell_shared.messages.base import Message
 from mell_shared.messages.worker import WORKER_COMMAND, Drain, DrainRefused, DrainSet, SubmitAccepted, Undrain
 from mell_shared.testing import run_virtually
 from tests.scheduler.script import worker_report
-from tests.scheduler.stage import SUBJECTS, Stage, staged, until
+from tests.scheduler.stage import SUBJECTS, LoopClock, Stage, staged, until
 from tests.scheduler.test_live_and_simulated import MovingWorker
 
 
@@ -297,6 +301,31 @@ def test_a_pause_is_kept_again_by_a_broker_that_has_lost_its_store() -> None:
             stage.kept.replace("moves", None, kept.revision)
             only.bus.reconnect()
             await until(lambda: stage.kept.read("moves") is not None)
+
+    run_virtually(main())
+
+
+def test_a_pause_that_an_operator_ends_meanwhile_is_not_written_down_again() -> None:
+    """The leader is just about to write the pause anew, after a reconnection, when it is told to go on."""
+
+    async def main() -> None:
+        bucket = MemoryBucket(LoopClock(), 1 << 60)
+        store = MemoryKeyValue(bucket)
+        memory = PauseMemory(MemoryBroker().connect(), SUBJECTS, store)
+        read = store.read
+
+        async def read_as_an_operator_resumes(key: str, timeout_s: float) -> Entry | None:
+            entry = await read(key, timeout_s)
+            store.read = read  # type: ignore[method-assign]
+            await memory.keep(paused=False)
+            return entry
+
+        store.read = read_as_an_operator_resumes  # type: ignore[method-assign]
+        await memory.keep_on()
+        assert await memory.recall() is False
+        bucket.replace("moves", None, 1)
+        await memory.keep_on()
+        assert await memory.recall() is True
 
     run_virtually(main())
 

@@ -4,11 +4,9 @@ import asyncio
 import json
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,15 +14,17 @@ import pytest
 from mell_shared.bus import BusClosedError, NoResponderError, RequestTimeoutError
 from mell_shared.messages.scheduler import PlaceReply
 from mell_shared.nats_bus import NatsBus
-from mell_shared.nats_server import NatsServer, find_binary
+from mell_shared.nats_server import NatsServer
 from mell_shared.subjects import Subjects
 from tests.conftest import BusFactory
+from tests.ports import free_port
 from tests.scheduler.script import place_request, placed
 from tests.scheduler.stage import SUBJECTS, ScriptedWorker, place, status
 
 pytestmark = pytest.mark.connected
 WAIT_S = 30.0
 """Ends only a test that has failed."""
+NO_JETSTREAM = "authorization { user: a, password: b }\njetstream: disabled\n"
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -112,9 +112,10 @@ async def test_a_broker_that_crashes_is_survived(start: Start, tmp_path: Path) -
         assert await asyncio.to_thread(process.wait, WAIT_S) == 0
 
 
-async def test_one_scheduler_without_a_lease(start: Start, connect_bus: BusFactory) -> None:
+async def test_one_scheduler_without_a_lease(start: Start, tmp_path: Path) -> None:
     """`--lease off` needs no JetStream and leads at once; Ctrl-C is a clean stop."""
-    with bare_broker() as url:
+    with NatsServer(tmp_path, access=NO_JETSTREAM) as server:
+        url = f"nats://a:b@{server.address}"
         process = start("--lease", "off", url=url)
         assert (await asyncio.to_thread(ready, process))["role"] == "leader"
         bus = await NatsBus.connect(url)
@@ -124,10 +125,10 @@ async def test_one_scheduler_without_a_lease(start: Start, connect_bus: BusFacto
         assert await asyncio.to_thread(process.wait, WAIT_S) == 0
 
 
-def test_a_broker_without_jetstream_is_said_so(start: Start) -> None:
+def test_a_broker_without_jetstream_is_said_so(start: Start, tmp_path: Path) -> None:
     """One line names both ways out."""
-    with bare_broker() as url:
-        error = failure(start(url=url))
+    with NatsServer(tmp_path, access=NO_JETSTREAM) as server:
+        error = failure(start(url=f"nats://a:b@{server.address}"))
     assert "-js" in error
     assert "--lease off" in error
 
@@ -156,24 +157,3 @@ def failure(process: subprocess.Popen[str], code: int = 1) -> str:
     assert process.returncode == code
     assert error.count("\n") == 1, error
     return error
-
-
-@contextmanager
-def bare_broker() -> Iterator[str]:
-    """A nats-server without JetStream."""
-    port = free_port()
-    command = [str(find_binary()), "-a", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield f"nats://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(WAIT_S)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

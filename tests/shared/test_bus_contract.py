@@ -107,6 +107,7 @@ async def test_a_request_without_a_reply_times_out(harness: BusHarness) -> None:
     await answering.subscribe("slow", received)
     with pytest.raises(RequestTimeoutError, match=r"slow within 0\.05 s"):
         await asking.request("slow", b"1", 0.05)
+    await eventually(lambda: bool(received.deliveries))
     await answering.publish(received.deliveries[0].reply_to, b"late")
     await answering.subscribe("echo", echo(answering))
     assert await asking.request("echo", b"2", 5.0) == b"re:2"

@@ -38,7 +38,7 @@ def call_json(method: str, url: str, key: str, body: Any, timeout_s: float) -> A
 def read_events(url: str, key: str, timeout_s: float) -> Iterator[tuple[str, str]]:
     """Yield the id and data of the server-sent events at `url` until they end; raises `GetError`.
 
-    A server that says nothing for `timeout_s` is lost.
+    An event that only says how far the stream is has no data. A server that says nothing for `timeout_s` is lost.
     """
     with _opened("GET", url, key, None, timeout_s) as answer:
         fields: dict[str, str] = {}
@@ -46,8 +46,8 @@ def read_events(url: str, key: str, timeout_s: float) -> Iterator[tuple[str, str
             name, _, value = line.rstrip("\r\n").partition(":")
             if name:
                 fields[name] = value.removeprefix(" ")
-            elif not line.strip() and "data" in fields:
-                yield fields.get("id", ""), fields["data"]
+            elif not line.strip() and fields:
+                yield fields.get("id", ""), fields.get("data", "")
                 fields = {}
 
 

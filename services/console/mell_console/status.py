@@ -40,7 +40,7 @@ def run(frontend: Frontend, *, requests: bool, as_json: bool) -> int:
 def headline(status: Status) -> str:
     """Return the cluster in one line."""
     counts = f"{status.placed} placed, {status.queued} queued, {status.rejected} rejected"
-    return f"{status.scheduler} ({status.policy}) up {status.uptime_s:,.0f} s: {counts}"
+    return escape(f"{status.scheduler} ({status.policy}) up {status.uptime_s:,.0f} s: {counts}")
 
 
 def models_line(status: Status) -> str:
@@ -50,7 +50,7 @@ def models_line(status: Status) -> str:
         moves += f" ({', '.join(escape(f'{failure.reason} {failure.count}') for failure in status.failures)})"
     if status.moves_paused:
         moves += ", [yellow]paused[/yellow]"
-    wanted = "".join(f"; {model.model} wants {model.gpus_wanted} GPUs" for model in status.models)
+    wanted = "".join(f"; {escape(model.model)} wants {model.gpus_wanted} GPUs" for model in status.models)
     return f"{moves}{wanted}"
 
 
@@ -69,8 +69,8 @@ def workers_table(status: Status) -> Table:
     for worker in sorted(status.workers, key=lambda worker: (worker.name, worker.worker)):
         style = STATE_STYLES[worker.state]
         table.add_row(
-            worker.worker,
-            worker.model,
+            escape(worker.worker),
+            escape(worker.model),
             escape(f"{worker.host} {worker.device}"),
             f"[{style}]{worker.state}[/{style}]",
             kv_use(worker),
@@ -92,11 +92,11 @@ def moves_table(moves: Iterable[MoveStatus]) -> Table:
         ago = span(move.ago_s) if move.outcome != "moving" else ""
         table.add_row(
             f"[{style}]{move.outcome}[/{style}]{why}",
-            move.sequence,
-            move.source,
-            move.target,
+            escape(move.sequence),
+            escape(move.source),
+            escape(move.target),
             move.mode,
-            move.reason,
+            escape(move.reason),
             cost(move),
             ago,
         )
@@ -109,7 +109,8 @@ def sequences_table(status: Status) -> Table:
     for row in status.sequences:
         where = f"{row.worker} -> {row.target}" if row.target else row.worker
         tokens, blocks = str(row.tokens or ""), str(row.blocks or "")
-        table.add_row(row.sequence, row.request_id, row.state, where, tokens, blocks, str(row.moves))
+        names = map(escape, (row.sequence, row.request_id, row.state, where))
+        table.add_row(*names, tokens, blocks, str(row.moves))
     return table
 
 

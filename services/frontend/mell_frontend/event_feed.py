@@ -18,8 +18,8 @@ DEFAULT_LAST = 20
 _MOST_READERS = 32
 _BATCH = 256
 _POLL_S = 0.5
-_IDLE_POLLS = 10
-"""After so many in vain a comment shows that the connection lives, and whether the reader does."""
+_QUIET_S = 5.0
+"""A follower who was told nothing for so long is told how far the stream is: the connection lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +72,22 @@ class EventFeed:
             self._readers -= 1
 
     async def _send_all(self, store: EventStore, wish: Wish, after: int, exchange: Exchange) -> None:
-        idle_polls = 0
+        loop = asyncio.get_running_loop()
+        # From the beginning, so that whoever loses the connection before the first event goes on here all the same.
+        text = _position(after) if wish.follow else ""
+        told_s = loop.time()
         while True:
+            if text or loop.time() - told_s >= _QUIET_S:
+                await exchange.events(text or _position(after), last=False)
+                told_s = loop.time()
             events = await store.read(after, _BATCH)
             text = "".join(_shown(event) for event in events if fnmatchcase(event.type, wish.pattern))
             if events:
-                after, idle_polls = events[-1].position, 0
+                after = events[-1].position
             elif self._stopping or not wish.follow:
                 break
             else:
-                idle_polls += 1
                 await asyncio.sleep(_POLL_S)
-            if text or idle_polls == _IDLE_POLLS:
-                await exchange.events(text or comment("nothing new"), last=False)
-                idle_polls = 0
         await exchange.events(comment("end"), last=True)
 
     @property
@@ -108,6 +110,11 @@ class _Feed(Response):
         state = scope["state"]
         exchange = Exchange(receive, send, state["send"], state["record"], self._feed.write_timeout_s)
         await exchange.run(self._feed.send(self._store, self._wish, self._after, exchange))
+
+
+def _position(after: int) -> str:
+    """Return an event without data: readers remember where they are, and show nothing."""
+    return f"id: {after}\n{comment('nothing new')}"
 
 
 def _shown(event: StoredEvent) -> str:

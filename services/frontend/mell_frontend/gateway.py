@@ -248,8 +248,8 @@ class BusGateway:
 
     def _ask(self, command: AskPlacement | SubmitSequence | AskResend | CancelSequence) -> None:
         match command:
-            case AskPlacement(message=message):
-                if message.generation > 1:
+            case AskPlacement():
+                if command.cause:
                     self._note_placed_again(command)
                 self._answer(self._traced_peers.place(command))
             case SubmitSequence():

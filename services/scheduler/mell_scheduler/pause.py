@@ -48,13 +48,15 @@ class PauseMemory:
         if request is not None:
             self.heard = request.paused
 
-    async def keep(self, *, paused: bool) -> bool:
-        """Write it down; returns whether that was done."""
+    async def keep(self, *, paused: bool, anew: bool = False) -> bool:
+        """Write it down, `anew` only where nothing stands; returns whether that was done."""
         if self._store is None:
             return False
         for _ in range(_TRIES):
             try:
                 entry = await self._store.read(_KEY, _ANSWER_S)
+                if anew and entry is not None:
+                    return False
                 revision = 0 if entry is None else entry.revision
                 await self._store.write(_KEY, json.dumps({"paused": paused}).encode(), revision, _ANSWER_S)
             except KeyValueConflictError:
@@ -66,8 +68,11 @@ class PauseMemory:
         return False
 
     async def keep_on(self) -> None:
-        """Write a pause down again: the broker may have come back without its store."""
-        await self.keep(paused=True)
+        """Write a pause down again: the broker may have come back without its store.
+
+        What an operator says meanwhile counts more.
+        """
+        await self.keep(paused=True, anew=True)
 
     async def recall(self) -> bool:
         """Return what was wanted of earlier leaders: what is kept, else what was heard. Waits for the store."""

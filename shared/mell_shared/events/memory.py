@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mell_shared.events.store import EventRecord, EventStoreError, StoredEvent
+from mell_shared.events.store import EventRecord, EventStoreError, EventTooLargeError, StoredEvent
 
 
 class MemoryEventStore:
@@ -13,12 +13,17 @@ class MemoryEventStore:
         self.reachable = True
         self.room: int | None = None
         """So many more are written; None: all."""
+        self.most_bytes = 1 << 20
         self._known: set[str] = set()
 
     async def append(self, records: Sequence[EventRecord]) -> int:
         """Write in order, each id once."""
         self._check()
         for count, record in enumerate(records):
+            if len(record.body) > self.most_bytes:
+                if not count:
+                    raise EventTooLargeError(f"{len(record.body)} bytes are more than {self.most_bytes}")
+                return count
             if self.room is not None:
                 if self.room == 0:
                     return count

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from mell_shared.events.data import EventData
 from mell_shared.events.envelope import enclosed
-from mell_shared.events.store import EventRecord, EventStore, EventStoreError
+from mell_shared.events.store import EventRecord, EventStore, EventStoreError, EventTooLargeError
 
 Emit = Callable[[EventData], None]
 """Takes an event; never waits, never fails."""
@@ -44,7 +44,7 @@ class OutboxStats:
     emitted: int = 0
     written: int = 0
     dropped: int = 0
-    """For want of room in the queue: holes in the numbers."""
+    """For want of room in the queue, or too large for the broker: holes in the numbers."""
     failures: int = 0
     """Attempts to write that came to nothing."""
 
@@ -146,6 +146,11 @@ class Outbox:
         reason = "not all were confirmed"
         try:
             written = await self._store.append([self._record(event) for event in batch])
+        except EventTooLargeError as error:
+            lost = self._queue.popleft()
+            self.stats.dropped += 1
+            self._log.error("event_too_large", type=lost.data.TYPE, number=lost.number, reason=str(error))
+            return
         except EventStoreError as error:
             written, reason = 0, str(error)
         for _ in range(written):
@@ -181,6 +186,8 @@ class OutboxCollector(Collector):
         stats = self._outbox.stats
         yield CounterMetricFamily("mell_events_emitted", "Events for other systems, numbered.", stats.emitted)
         yield CounterMetricFamily("mell_events_written", "Events that the stream has.", stats.written)
-        yield CounterMetricFamily("mell_events_dropped", "Events lost: too many waited.", stats.dropped)
+        yield CounterMetricFamily(
+            "mell_events_dropped", "Events lost: too many waited, or too large for the broker.", stats.dropped
+        )
         yield CounterMetricFamily("mell_events_failures", "Attempts to write events that failed.", stats.failures)
         yield GaugeMetricFamily("mell_events_queued", "Events that wait to be written.", self._outbox.queued)

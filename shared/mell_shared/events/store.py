@@ -11,6 +11,10 @@ class EventStoreError(BusError):
     """The stream could not be asked or does not answer; what was written may be there all the same."""
 
 
+class EventTooLargeError(EventStoreError):
+    """The first event is larger than the broker takes: it can never be written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Retention:
     """How long events are kept: until they are older, or all together larger."""
@@ -41,7 +45,10 @@ class EventStore(Protocol):
     """One process's access to the stream."""
 
     async def append(self, records: Sequence[EventRecord]) -> int:
-        """Write in order; return how many of the first are surely written. Raises `EventStoreError` if none can be."""
+        """Write in order; return how many of the first are surely written. Raises `EventStoreError` if none can be.
+
+        `EventTooLargeError`: for ever.
+        """
         ...
 
     async def read(self, after: int, limit: int) -> list[StoredEvent]:

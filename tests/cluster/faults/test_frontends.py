@@ -68,9 +68,8 @@ def test_a_frontend_stands_still_until_its_workers_have_given_it_up(scene: Scene
         eventually(lambda: chat.id not in running(scene), "its worker has given it up", 55)
         thaw(other)
         assert chat.read(TOKENS + 20).startswith(scene.stories[0])
+        eventually(lambda: crowd.well() and other.events("sequence_placed_again"), "it is placed again")
         chat.leave()
-        eventually(crowd.well, "the others are well")
-    assert other.events("sequence_placed_again")
     sees = "its own clients: no token while it stands, then the rest; others: nothing"
     told("frontend", "SIGSTOP, later SIGCONT", "one of two, until its workers give it up", sees, __name__, crowd)
     scene.nothing_left()

@@ -152,7 +152,8 @@ class Links:
     def _close(self, end: End) -> None:
         if not end.worker.alive:
             return
-        end.tell(LinkClosed(end.migration))
+        # The last it hears of this link, and not lost on a worker that stands still just now.
+        end.worker.take(partial(end.worker.handle, LinkClosed(end.migration)))
         end.closed = True
         self._ends.pop((end.worker.name, end.migration), None)
         if end.peer is not None and not end.peer.closed:

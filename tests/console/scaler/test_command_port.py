@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -52,6 +53,18 @@ async def test_a_program_that_cannot_be_run_is_told(tmp_path: Path) -> None:
     """A missing file is no traceback."""
     with pytest.raises(ScaleError, match="cannot run /no/such"):
         await CommandPort(["/no/such"], "m", 1.0).start(START)
+
+
+async def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its output has no place nothing is run, and the scaler goes on."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(ScaleError, match="cannot run /bin/true: No space left") as caught:
+        await CommandPort(["/bin/true"], "m", 1.0).start(START)
+    assert caught.value.failed == 2
 
 
 async def test_a_program_out_of_time_is_killed_with_what_it_started(tmp_path: Path) -> None:

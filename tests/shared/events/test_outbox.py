@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-from mell_shared.events.data import GpusWanted, SchedulerState
+from mell_shared.events.data import GpusWanted, SchedulerState, WorkerLeft
 from mell_shared.events.memory import MemoryEventStore
 from mell_shared.events.outbox import Outbox
 from mell_shared.testing import run_virtually
@@ -109,6 +109,24 @@ def test_what_finds_no_room_leaves_a_hole_and_a_snapshot_behind_it() -> None:
     run_virtually(main())
     assert numbers(store) == [*range(1, 12), 27, 28]
     assert [event["type"] for event in written(store)[-2:]] == ["scheduler.state", "gpus.wanted"]
+
+
+def test_an_event_that_the_broker_never_takes_holds_up_no_other() -> None:
+    """One that is larger than a message may be is lost, which its number tells; those behind it are written."""
+    store = MemoryEventStore()
+    store.most_bytes = 500
+
+    async def main() -> None:
+        outbox = Outbox(store, SOURCE, lambda: None)
+        async with outbox.running():
+            outbox.emit(wanted(1))
+            outbox.emit(WorkerLeft(worker="w", reason="x" * 500))
+            outbox.emit(wanted(3))
+            await settled(outbox)
+        assert (outbox.stats.written, outbox.stats.dropped) == (2, 1)
+
+    run_virtually(main())
+    assert numbers(store) == [1, 3]
 
 
 def test_the_state_is_told_from_time_to_time() -> None:

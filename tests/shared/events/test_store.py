@@ -8,7 +8,7 @@ import pytest_asyncio
 from nats.js import JetStreamContext
 
 from mell_shared.events.memory import MemoryEventStore
-from mell_shared.events.store import EventRecord, EventStore, EventStoreError, Retention
+from mell_shared.events.store import EventRecord, EventStore, EventStoreError, EventTooLargeError, Retention
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_event_store import NatsEventStore
 from mell_shared.nats_server import NatsServer
@@ -107,6 +107,18 @@ async def test_a_deleted_stream_is_made_again(bus: NatsBus) -> None:
         await store.append(records(3, 3))
     assert await store.append(records(3, 3)) == 1
     assert await bodies(store) == [b'{"n":3}']
+
+
+async def test_what_is_too_large_is_told_and_what_is_before_it_written(bus: NatsBus) -> None:
+    """However often it is tried, it would never be taken."""
+    store = NatsEventStore(bus, Subjects("large"), KEPT)
+    large = EventRecord("worker.active", "/s/3", bytes(bus.max_payload))
+    assert await store.append([*records(1, 2), large, *records(4, 4)]) == 2
+    for _ in range(2):
+        with pytest.raises(EventTooLargeError, match=str(bus.max_payload)):
+            await store.append([large, *records(4, 4)])
+    assert await store.append(records(4, 4)) == 1
+    assert len(await bodies(store)) == 3
 
 
 async def test_who_makes_no_stream_says_that_there_is_none(bus: NatsBus) -> None:

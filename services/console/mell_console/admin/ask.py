@@ -45,13 +45,18 @@ class Frontend:
         """Send an order that may take `wait_s`; raises `AdminError`."""
         return self._call("POST", path, body, adapter, self.answer_s + wait_s)
 
-    def stream(self, path: str, adapter: TypeAdapter[E]) -> Iterator[tuple[str, E]]:
-        """Yield the id and content of the events at a path, as they come; raises `AdminError`."""
+    def stream(
+        self, path: str, adapter: TypeAdapter[E], passed: Callable[[str], None] = lambda position: None
+    ) -> Iterator[E]:
+        """Yield the events at a path, as they come; raises `AdminError`. `passed` is told how far the stream is."""
         try:
             for position, data in read_events(self._url(path), self.admin_key, _SILENCE_S):
                 if data.startswith('{"error"'):
                     raise AdminError(json.loads(data)["error"]["message"])
-                yield position, adapter.validate_json(data)
+                if position:
+                    passed(position)
+                if data:
+                    yield adapter.validate_json(data)
         except GetError as error:
             raise AdminError(_advice(error)) from error
         except ValidationError as error:

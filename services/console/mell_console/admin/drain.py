@@ -9,12 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mell_console.admin.ask import DONE, FAILED, NOT_YET, AdminError, Frontend, console, print_json, segment
-from mell_shared.messages.admin import STATUS, DrainReply, WorkerStatus
+from mell_shared.messages.admin import STATUS, DrainReply, Status, WorkerStatus
 
 _DRAIN: TypeAdapter[DrainReply] = TypeAdapter(DrainReply)
 _POLL_S = 0.5
 _GRACE_S = 5.0
 """A drain that was ordered shows in the worker's next report."""
+_PATIENCE_S = 30.0
+"""How long an empty worker is waited for while nobody answers: schedulers and frontends may change meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,15 @@ def headline(reply: DrainReply) -> str:
     end = ""
     if reply.deadline_s is not None:
         end = f"; what is left after {reply.deadline_s:g} s is placed again elsewhere"
-    return f"{reply.worker} {what}: {count} sequence{'' if count == 1 else 's'} to move{end}"
+    return f"{escape(reply.worker)} {what}: {count} sequence{'' if count == 1 else 's'} to move{end}"
 
 
 def plan_table(reply: DrainReply) -> Table:
     """Return a row for each sequence: where it would go now, or why nowhere."""
     table = Table("sequence", "KV blocks", "goes to", box=None)
     for row in reply.sequences:
-        table.add_row(row.sequence, str(row.blocks), row.target or f"[yellow]{escape(row.why)}[/yellow]")
+        where = escape(row.target) if row.target else f"[yellow]{escape(row.why)}[/yellow]"
+        table.add_row(escape(row.sequence), str(row.blocks), where)
     return table
 
 
@@ -78,18 +81,32 @@ def _wait(frontend: Frontend, worker: str, timeout_s: float | None) -> int:
     began_s = time.monotonic()
     told = -1
     while True:
-        status = next((row for row in frontend.get("status", STATUS).workers if row.worker == worker), None)
+        seen = _look(frontend)
+        status = next((row for row in seen.workers if row.worker == worker), None)
         passed_s = time.monotonic() - began_s
-        if _is_empty(status, passed_s):
+        # A new leader knows only those that it has heard from.
+        if (status is not None or seen.settled) and _is_empty(status, passed_s):
             sys.stderr.write(f"{worker} is empty\n" if status is not None else f"{worker} has left\n")
             return DONE
-        assert status is not None
-        if status.sequences != told:
+        if status is not None and status.sequences != told:
             told = status.sequences
             sys.stderr.write(f"{told} left\n")
         if timeout_s is not None and passed_s >= timeout_s:
-            sys.stderr.write(f"mell: {worker} still holds {told} after {timeout_s:g} s; it goes on draining\n")
+            holds = "is not heard of" if told < 0 else f"still holds {told}"
+            sys.stderr.write(f"mell: {worker} {holds} after {timeout_s:g} s; it goes on draining\n")
             return NOT_YET
+        time.sleep(_POLL_S)
+
+
+def _look(frontend: Frontend) -> Status:
+    """Return a status, asked for until there is one; raises `AdminError` if there is none for too long."""
+    began_s = time.monotonic()
+    while True:
+        try:
+            return frontend.get("status", STATUS)
+        except AdminError:
+            if time.monotonic() - began_s >= _PATIENCE_S:
+                raise
         time.sleep(_POLL_S)
 
 

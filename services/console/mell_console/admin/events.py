@@ -85,13 +85,16 @@ def _read(frontend: Frontend, wish: EventsWish) -> Iterator[CloudEvent]:
     """Yield events; a connection that is lost while following is made again, and goes on where it was."""
     position = ""
     lost_s: float | None = None
+
+    def passed(seen: str) -> None:
+        nonlocal position, lost_s
+        position, lost_s = seen, None
+
     while True:
         query = {"follow": str(wish.follow).lower(), "type": wish.pattern}
         query |= {"after": position} if position else {"last": str(wish.last)}
         try:
-            for seen, event in frontend.stream(f"events?{urlencode(query)}", _EVENT):
-                position, lost_s = seen, None
-                yield event
+            yield from frontend.stream(f"events?{urlencode(query)}", _EVENT, passed)
         except AdminError:
             now_s = time.monotonic()
             lost_s = lost_s or now_s

@@ -31,7 +31,7 @@ def headline(story: Story) -> str:
     where = f" on {story.worker}, {story.tokens} tokens, {story.blocks} KV blocks" if story.worker else ""
     if story.state == "waiting":
         where = f" for {span(story.waited_s)}, {story.position} of {story.model} before it"
-    return f"[bold]{story.sequence}[/bold]{called}: {story.state}{where}"
+    return f"[bold]{escape(story.sequence)}[/bold]{escape(f'{called}: {story.state}{where}')}"
 
 
 def story_table(story: Story) -> Table:
@@ -45,7 +45,7 @@ def story_table(story: Story) -> Table:
         table.add_row(
             span(happening.ago_s),
             what,
-            _where(happening),
+            escape(_where(happening)),
             str(happening.generation),
             escape(happening.why),
             _cost(happening),

@@ -46,9 +46,9 @@ def moves_table(reply: MigrateReply) -> Table:
         style = _STYLES[result.state]
         move = result.move
         table.add_row(
-            result.sequence,
+            escape(result.sequence),
             f"[{style}]{result.state}[/{style}]",
-            move.target if move else reply.target,
+            escape(move.target if move else reply.target),
             move.mode if move else "",
             escape(_told(result)),
         )

@@ -45,10 +45,10 @@ class CommandPort:
             "MELL_SCALER_MODEL": self._model,
             **more,
         }
-        # A file, since a worker that the program leaves running would hold a pipe open.
-        with tempfile.TemporaryFile() as output:
-            async with self._one:
-                try:
+        try:
+            # A file, since a worker that the program leaves running would hold a pipe open.
+            with tempfile.TemporaryFile() as output:
+                async with self._one:
                     process = await asyncio.create_subprocess_exec(
                         *arguments,
                         env={**os.environ, **given},
@@ -58,11 +58,11 @@ class CommandPort:
                         start_new_session=True,
                         preexec_fn=death_with_parent(signal.SIGKILL),
                     )
-                except OSError as error:
-                    raise ScaleError(f"cannot run {arguments[0]}: {error.strerror}") from error
-                await self._ended(process, shown := shlex.join(arguments))
-            if process.returncode:
-                raise ScaleError(f"{shown} ended with code {process.returncode}: {_last_words(output)}")
+                    await self._ended(process, shown := shlex.join(arguments))
+                if process.returncode:
+                    raise ScaleError(f"{shown} ended with code {process.returncode}: {_last_words(output)}")
+        except OSError as error:
+            raise ScaleError(f"cannot run {arguments[0]}: {error.strerror}") from error
 
     async def _ended(self, process: asyncio.subprocess.Process, shown: str) -> None:
         """Wait for the end, for so long; whoever is cancelled or out of patience kills it and what it started."""
@@ -75,6 +75,7 @@ class CommandPort:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()  # else its end may come when the event loop is closed
 
 
 def _last_words(output: IO[bytes]) -> str:

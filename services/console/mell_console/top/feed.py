@@ -12,6 +12,5 @@ _EVENT: TypeAdapter[LiveState | LiveTrouble] = TypeAdapter(LiveState | LiveTroub
 
 def events(frontend: Frontend) -> Iterator[LiveState | LiveTrouble]:
     """Yield what the feed tells until it ends; raises `AdminError`, in any case at its end."""
-    for _, event in frontend.stream("live", _EVENT):
-        yield event
+    yield from frontend.stream("live", _EVENT)
     raise AdminError(f"{frontend.url} has ended the feed")

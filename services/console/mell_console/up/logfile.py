@@ -14,10 +14,11 @@ class LogFile:
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
-        """Append one line."""
-        if self._file.tell() > self._largest_bytes:
+        """Append one line; raises `OSError`, and may then be asked again."""
+        if not self._file.closed and self._file.tell() > self._largest_bytes:
             self._file.close()
             self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+        if self._file.closed:
             self._file = self.path.open("ab", buffering=0)
         self._file.write(line.encode() + b"\n")
 

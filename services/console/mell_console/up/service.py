@@ -46,6 +46,8 @@ class Service:
         self._lines: deque[LogLine] = deque(maxlen=_LINES_KEPT)
         self._first_ready: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
+        self._unlogged = False
+        """The last line found no place in the log."""
 
     @property
     def name(self) -> str:
@@ -105,13 +107,24 @@ class Service:
             return
 
     def _heard(self, text: str) -> None:
-        self._ports.log.write(text)
+        self._write(text)
         line = parse_line(text)
         self._lines.append(line)
         if line.level and line.event == "ready":
             self._became_ready(line)
         elif line.loud:
             self._notify(line.summary(), line.level)
+
+    def _write(self, text: str) -> None:
+        """Keep a line, or tell once why not: a service that is not read stands still."""
+        try:
+            self._ports.log.write(text)
+        except OSError as error:
+            if not self._unlogged:
+                self._notify(f"{self._ports.log.path} cannot be written: {error.strerror}", "error")
+            self._unlogged = True
+        else:
+            self._unlogged = False
 
     def _became_ready(self, line: LogLine) -> None:
         if not self._first_ready.done():

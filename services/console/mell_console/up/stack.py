@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ class Stack:
         self._clock = clock
         self._broker: Broker | None = None
         self._tiers: dict[str, list[Service]] = {"frontend": [], "workers": [], "scheduler": []}
-        self._logs: list[LogFile] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._launch: Launch | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -131,8 +130,6 @@ class Stack:
         if self._broker is not None:
             self._broker.stop()
         await asyncio.gather(*self._tasks)
-        for log in self._logs:
-            log.close()
 
     def kill(self) -> None:
         """End every child at once; `stop` then has nothing to wait for."""
@@ -154,7 +151,7 @@ class Stack:
         shutil.rmtree(folder, ignore_errors=True)  # a named log folder may hold an earlier run's streams
         self._broker = Broker(folder, self._notify, self._clock)
         self._broker.start()
-        self._tasks.append(asyncio.create_task(self._broker.run()))
+        self._run_beside(self._broker.run())
         self._screen.end("broker", "NATS with JetStream on loopback")
         return self._broker.url
 
@@ -194,11 +191,19 @@ class Stack:
     def _service(self, spec: ChildSpec, tier: str) -> Service:
         log = LogFile(self._plan.folder / f"{spec.name}.log")
         service = Service(spec, ServicePorts(log, self._notify, self._clock))
-        self._logs.append(log)
         self._tiers[tier].append(service)
-        self._tasks.append(asyncio.create_task(service.run()))
+        self._run_beside(_supervised(service, log))
         self._screen.begin(spec.name)
         return service
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled() or task.exception() is None:  # what failed is told at the end
+            self._tasks.discard(task)
 
     def _ready_task(self, service: Service, deadline_s: float) -> "asyncio.Task[None]":
         return asyncio.create_task(self._await_ready(service, service.name, deadline_s))
@@ -216,6 +221,14 @@ class Stack:
 
     def _notify(self, notice: Notice) -> None:
         self._screen.say(f"{notice.service}: {notice.text}", notice.level)
+
+
+async def _supervised(service: Service, log: LogFile) -> None:
+    """Run a service to its end; workers come and go, and their logs are not to stay open."""
+    try:
+        await service.run()
+    finally:
+        log.close()
 
 
 def describe_ready(fields: Mapping[str, Any]) -> str:

@@ -14,11 +14,14 @@ FailureKind = Literal["too_large", "unknown_model", "queue_full", "unavailable",
 
 @dataclass(frozen=True, slots=True)
 class AskPlacement:
-    """Ask the scheduler; answer with `PlaceAnswered` or `PlaceFailed` of the same number. `cause` is for the log."""
+    """Ask the scheduler; answer with `PlaceAnswered` or `PlaceFailed` of the same number.
+
+    `cause`: why the sequence has lost the place it had; empty if it had none since the last ask.
+    """
 
     ask: int
     message: PlaceRequest
-    cause: str
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

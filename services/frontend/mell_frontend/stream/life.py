@@ -40,9 +40,9 @@ class Life:
         sequence = Sequence(request, opened_us=now_us, output_limit=limit, progressed_us=now_us)
         self._book.add(sequence)
         self._stats.sequences_opened += 1
-        return [self.place(sequence, now_us, "opened")]
+        return [self.place(sequence, now_us)]
 
-    def place(self, sequence: Sequence, now_us: int, cause: str) -> Command:
+    def place(self, sequence: Sequence, now_us: int, cause: str = "") -> Command:
         """Ask the scheduler; the sequence is PLACING already."""
         assert sequence.state is State.PLACING
         sequence.ask = next(self._asks)
@@ -62,7 +62,7 @@ class Life:
         for sequence in due:
             del self._book.backing_off[sequence.name]
             sequence.move(Cause.PAUSE_OVER)
-            commands.append(self.place(sequence, now_us, "pause over"))
+            commands.append(self.place(sequence, now_us))
         return commands
 
     def submit(self, sequence: Sequence, worker: str, now_us: int) -> list[Command]:

@@ -110,7 +110,7 @@ class Placing:
             self._life.pause(sequence, Cause.QUEUED_TOO_SOON, earliest_us)
             return [tell]
         sequence.move(Cause.QUEUED)
-        return [tell, self._life.place(sequence, now_us, "queued")]
+        return [tell, self._life.place(sequence, now_us)]
 
     def _rejected(self, sequence: Sequence, reply: Rejected, now_us: int) -> list[Command]:
         kind = REJECTED_AS[reply.reason]

@@ -95,6 +95,7 @@ class Intake:
         self._ledger.land(record, generation, now_us)
         source.stale[record.sequence] = old  # it may not know yet; its next report tells
         self._ledger.raise_other(source, old[1] - (shared_blocks - source.shared_blocks))
+        self._ledger.refresh_closed(source)
 
     def _forget_missing(self, worker: WorkerRecord, now_us: int) -> None:
         """What the last report told of and this one does not has ended or gone, or moved; the news got lost."""

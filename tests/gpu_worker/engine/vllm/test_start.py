@@ -1,14 +1,18 @@
 """A server that cannot stand for an engine is told from one that can, in one line that says what to do."""
 
-import socket
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mell_gpu_worker.engine.base import EngineError
+from mell_gpu_worker.engine.vllm.process import ServerProcess
 from mell_gpu_worker.settings import WorkerSettings
 from mell_shared.models import FAKE_MODEL
+from tests.console.up_process import alive
+from tests.ports import free_port
 from tests.vllm_server import FakeVllm
 
 from .conftest import StartEngine
@@ -71,9 +75,7 @@ def test_capabilities_are_the_servers(server: FakeVllm, start_engine: StartEngin
 
 def test_a_server_of_its_own_is_started_and_ended() -> None:
     """With the command; the engine waits until it answers, and says so if it ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     from mell_gpu_worker.engine.factory import make_engine
 
     command = f"{sys.executable} -m tests.vllm_server --port {port}"
@@ -93,3 +95,23 @@ def test_block_size_zero_is_for_vllm_only() -> None:
     assert WorkerSettings(engine="fake").block_tokens == 16
     with pytest.raises(ValueError, match="block_tokens 0"):
         WorkerSettings(engine="fake", block_tokens=0)
+
+
+def test_nothing_of_a_command_outlives_the_worker(tmp_path: Path) -> None:
+    """A script's own program does not hear that the script was told to stop; it would keep the GPU."""
+    inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    script = tmp_path / "serve.sh"
+    script.write_text(f'{sys.executable} -c "{inner}" &\nwait\n')
+    process = ServerProcess(f"sh {script}")
+    deadline_s = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        process.check()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    pid = int((tmp_path / "pid").read_text())
+    assert alive(pid)
+    process.stop()
+    while alive(pid):
+        assert time.monotonic() < deadline_s, "the script's program still runs"
+        time.sleep(0.01)
+    process.stop()

@@ -1,5 +1,7 @@
 """A vLLM server that the worker starts itself, and that ends with it."""
 
+import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -33,11 +35,12 @@ class ServerProcess:
             raise EngineError(f"the vLLM server ended with exit code {code}: see its log (--vllm-command)")
 
     def stop(self) -> None:
-        """End it; blocks until it is gone."""
+        """End it, and at last whatever it has started; blocks until it is gone."""
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        # A script does not pass the signal on; what it runs would keep the GPU and the port.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
