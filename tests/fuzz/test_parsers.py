@@ -15,8 +15,8 @@ from mell_console.bench.sse import StreamReader, error_kind
 from mell_console.bench.workload import TraceError as BenchTraceError
 from mell_console.bench.workload import read_trace as read_bench_trace
 from mell_frontend.http_protocol import bounded_protocol
-from mell_gpu_worker.transport.base import SECRET_BYTES, ProtocolError
-from mell_gpu_worker.transport.frames import FRAME_BYTES, Answer, Chunk, Hello, Mark, Verdict
+from mell_gpu_worker.transport.base import ProtocolError
+from mell_gpu_worker.transport.frames import FRAME_BYTES, MAX_GROUP, Answer, Group, Hello, Verdict
 from mell_scheduler.sim.trace import TraceError, read_trace
 from tests.fuzz.budget import examples
 
@@ -164,11 +164,15 @@ def test_any_head_is_one_or_an_error(tried: Count, head: bytes) -> None:
 
 
 @examples(200)
-@given(st.sampled_from([Hello, Verdict, Answer]), st.binary(min_size=FRAME_BYTES, max_size=FRAME_BYTES), st.booleans())
+@given(
+    st.sampled_from([Hello, Verdict, Answer, Group]),
+    st.binary(min_size=FRAME_BYTES, max_size=FRAME_BYTES),
+    st.booleans(),
+)
 def test_any_frame_is_one_or_a_protocol_error(
-    tried: Count, kind: type[Hello | Verdict | Answer], data: bytes, begin: bool
+    tried: Count, kind: type[Hello | Verdict | Answer | Group], data: bytes, begin: bool
 ) -> None:
-    """64 bytes from anybody are a frame, which goes back to bytes that say the same, or a `ProtocolError`."""
+    """What anybody sends is a frame, which goes back to bytes that say the same, or a `ProtocolError`."""
     tried("frame (data path)")
     frame = b"MELLKV" + data[6:] if begin else data
     try:
@@ -179,15 +183,18 @@ def test_any_frame_is_one_or_a_protocol_error(
 
 
 @examples(200)
-@given(st.binary(min_size=FRAME_BYTES, max_size=FRAME_BYTES))
-def test_numbers_in_frames_are_only_numbers(tried: Count, data: bytes) -> None:
-    """Chunks and marks carry any numbers; they are judged against the offer, and none is trusted here."""
+@given(st.integers(0, 255), st.binary(min_size=FRAME_BYTES - 3, max_size=FRAME_BYTES - 3), st.booleans())
+def test_numbers_in_groups_are_only_numbers(tried: Count, count: int, data: bytes, last: bool) -> None:
+    """Groups carry any numbers, judged against the offer and not trusted here, but never more chunks than fit."""
     tried("frame (data path)")
-    chunk, mark = Chunk.decode(data), Mark.decode(data)
-    assert 0 <= chunk.slot < 2**32
-    assert 0 <= mark.size_bytes < 2**64
-    assert Chunk.decode(chunk.encode()) == chunk
-    assert len(Hello(bytes(SECRET_BYTES), 1).encode()) == FRAME_BYTES
+    try:
+        group = Group.decode(bytes([1, last, count]) + data)
+    except ProtocolError:
+        assert count > MAX_GROUP or not (count or last)
+        return
+    assert len(group.chunks) == count <= MAX_GROUP
+    assert all(0 <= chunk.slot < 2**32 and 0 <= chunk.length < 2**32 for chunk in group.chunks)
+    assert Group.decode(group.encode()) == group
 
 
 class Wire(asyncio.Transport):

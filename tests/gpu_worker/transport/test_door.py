@@ -13,12 +13,13 @@ from mell_gpu_worker.transport.frames import (
     ACCEPTED,
     CORRUPTED,
     FRAME_BYTES,
+    MAX_GROUP,
     OTHER_VERSION,
     SENSELESS,
     Answer,
     Chunk,
+    Group,
     Hello,
-    Mark,
     Verdict,
 )
 from mell_gpu_worker.transport.link import Link
@@ -75,7 +76,7 @@ async def test_strangers_are_turned_away(stage: Stage) -> None:
     """Garbage, silence and an early end cost nothing but a line in the log; a real source is served meanwhile."""
     source, target = await stage.transport(), await stage.transport(hello_timeout_s=0.3)
     garbage = await stage.link(source, target.address)
-    await garbage.send_frame(b"\x16\x03\x01" * 21 + b"!")
+    await garbage.send_frame(b"\x16\x03\x01!" * (FRAME_BYTES // 4))
     left = await stage.link(source, target.address)
     left.close()
     secret = secrets.token_bytes(32)
@@ -169,7 +170,12 @@ def payload(size: int) -> HostRegion:
     return HostRegion(memoryview(b"\x07" * size))
 
 
-GOOD = Chunk(0, 1, 0, SIZE, 0, checksum_of(payload(SIZE)))
+GOOD = Chunk(0, 1, 0, SIZE, checksum_of(payload(SIZE)))
+
+
+def group(*chunks: Chunk, number: int = 0, last: bool = True) -> bytes:
+    """Return the frame of a group."""
+    return Group(number, chunks, last).encode()
 
 
 async def test_a_corrupted_chunk(stage: Stage) -> None:
@@ -177,8 +183,7 @@ async def test_a_corrupted_chunk(stage: Stage) -> None:
     forger = Forger(stage)
     link = await forger.begin()
     assert GOOD.checksum is not None
-    await link.post(replace(GOOD, checksum=GOOD.checksum ^ 1).encode(), payload(SIZE))
-    await link.send_frame(Mark(1, SIZE).encode())
+    await link.post(group(replace(GOOD, checksum=GOOD.checksum ^ 1)), [payload(SIZE)])
     await forger.fails(link, CorruptedError, CORRUPTED)
 
 
@@ -191,10 +196,10 @@ async def test_damage_between_source_and_target_is_found(stage: Stage) -> None:
     link, data = outgoing._link, bytearray(size)
     post = link.post
 
-    async def damaging(frame: bytes, part: HostRegion) -> None:
-        copy = bytearray(part.raw)
-        copy[-1] ^= Chunk.decode(frame).number == 1
-        await post(frame, HostRegion(memoryview(copy)))
+    async def damaging(frame: bytes, payloads: list[HostRegion]) -> None:
+        damaged = bytearray(payloads[1].raw)
+        damaged[-1] ^= 1
+        await post(frame, [payloads[0], HostRegion(memoryview(damaged)), *payloads[2:]])
 
     link.post = damaging
     with pytest.raises(CorruptedError):
@@ -209,21 +214,31 @@ SENSELESS_CHUNKS = {
     "more slots than offered": replace(GOOD, slot=1, count=3),
     "no slot": replace(GOOD, count=0),
     "longer than the slot": replace(GOOD, length=SIZE + 1),
-    "longer than any chunk": replace(GOOD, length=2**40),
+    "longer than any chunk": replace(GOOD, length=2**31),
     "not from the beginning": replace(GOOD, offset=1, length=SIZE - 1),
     "no bytes for a slot that has some": replace(GOOD, length=0),
-    "out of turn": replace(GOOD, number=1),
     "packed, with another length": replace(GOOD, slot=1, count=2, length=SIZE),
 }
 
 
-@pytest.mark.parametrize("chunk", SENSELESS_CHUNKS.values(), ids=SENSELESS_CHUNKS)
-async def test_a_chunk_that_makes_no_sense(stage: Stage, chunk: Chunk) -> None:
-    """A chunk that does not fit the offer is refused before its payload is read or memory is taken for it."""
+SENSELESS_FRAMES = {
+    **{name: group(chunk) for name, chunk in SENSELESS_CHUNKS.items()},
+    "out of turn": group(GOOD, number=1),
+    "more chunks than fit": group(GOOD)[:2] + bytes([MAX_GROUP + 1]) + group(GOOD)[3:],
+    "fewer chunks than it says": group(GOOD)[:2] + bytes([2]) + group(GOOD)[3:],
+    "of nothing, and no end": group(last=False),
+    "of no kind": b"\x09" * FRAME_BYTES,
+    "a greeting again": Hello(bytes(32), SIZE).encode(),
+}
+
+
+@pytest.mark.parametrize("frame", SENSELESS_FRAMES.values(), ids=SENSELESS_FRAMES)
+async def test_a_group_that_makes_no_sense(stage: Stage, frame: bytes) -> None:
+    """A group with a chunk that does not fit the offer is refused before memory is taken for it."""
     forger = Forger(stage)
     link = await forger.begin()
     tracemalloc.start()
-    await link.post(chunk.encode(), payload(16))
+    await link.post(frame, [])
     await forger.fails(link, ProtocolError, SENSELESS)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -235,23 +250,44 @@ async def test_a_slot_sent_twice(stage: Stage) -> None:
     """Bytes of a slot are accepted once: what was confirmed cannot be changed later."""
     forger = Forger(stage)
     link = await forger.begin()
-    await link.post(GOOD.encode(), payload(SIZE))
-    await link.send_frame(Mark(1, SIZE).encode())
+    await link.post(group(GOOD), [payload(SIZE)])
     assert (await forger.incoming.receive(LONG_S)).slots == (0,)
     async with asyncio.timeout(LONG_S):
         assert Answer.decode(await link.receive_frame()).code == 0
-    await link.post(replace(GOOD, number=1).encode(), payload(SIZE))
+    await link.post(group(GOOD, number=1), [payload(SIZE)])
     await forger.fails(link, ProtocolError, SENSELESS)
 
 
-@pytest.mark.parametrize("frame", [Mark(2, SIZE).encode(), Mark(1, 5).encode(), b"\x09" * FRAME_BYTES])
-async def test_a_round_that_does_not_add_up(stage: Stage, frame: bytes) -> None:
-    """A mark with other counts than what came, and a frame of no kind, end the transfer."""
+async def test_one_chunk_of_a_group_that_makes_no_sense(stage: Stage) -> None:
+    """One bad chunk in a group, and none of its bytes is accepted."""
     forger = Forger(stage)
     link = await forger.begin()
-    await link.post(GOOD.encode(), payload(SIZE))
-    await link.send_frame(frame)
+    await link.post(group(GOOD, replace(GOOD, slot=1), GOOD), [payload(SIZE)] * 3)
     await forger.fails(link, ProtocolError, SENSELESS)
+    assert not any(map(any, forger.buffers))
+
+
+async def test_a_group_is_missing(stage: Stage) -> None:
+    """A round whose end does not follow on the chunks that came ends the transfer."""
+    forger = Forger(stage)
+    link = await forger.begin()
+    await link.post(group(GOOD, last=False), [payload(SIZE)])
+    await link.post(group(number=2), [])
+    await forger.fails(link, ProtocolError, SENSELESS)
+
+
+async def test_a_round_in_several_groups(stage: Stage) -> None:
+    """A round ends with the group that says so, even if that one is empty."""
+    forger = Forger(stage)
+    link = await forger.begin()
+    await link.post(group(GOOD, last=False), [payload(SIZE)])
+    await link.post(group(replace(GOOD, slot=1), number=1, last=False), [payload(SIZE)])
+    await link.post(group(number=2), [])
+    assert (await forger.incoming.receive(LONG_S)).slots == (0, 1)
+    async with asyncio.timeout(LONG_S):
+        assert Answer.decode(await link.receive_frame()).code == 0
+    link.close()
+    await forger.incoming.close()
 
 
 async def test_a_round_that_ends_in_the_middle_of_a_slot(stage: Stage) -> None:
@@ -259,8 +295,7 @@ async def test_a_round_that_ends_in_the_middle_of_a_slot(stage: Stage) -> None:
     forger = Forger(stage)
     link = await forger.begin()
     half = payload(SIZE // 2)
-    await link.post(Chunk(0, 1, 0, SIZE // 2, 0, checksum_of(half)).encode(), half)
-    await link.send_frame(Mark(1, SIZE // 2).encode())
+    await link.post(group(Chunk(0, 1, 0, SIZE // 2, checksum_of(half))), [half])
     await forger.fails(link, ProtocolError, SENSELESS)
 
 
@@ -268,7 +303,7 @@ async def test_a_truncated_chunk(stage: Stage) -> None:
     """A source that sends fewer bytes than it said and leaves has not finished a round."""
     forger = Forger(stage)
     link = await forger.begin()
-    await link.post(GOOD.encode(), payload(100))
+    await link.post(group(GOOD), [payload(100)])
     link.close()
     with pytest.raises(LinkLostError):
         await forger.incoming.receive(LONG_S)

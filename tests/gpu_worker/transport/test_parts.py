@@ -1,6 +1,7 @@
 import asyncio
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,30 +14,29 @@ from mell_gpu_worker.transport import factory
 from mell_gpu_worker.transport.addresses import Address, address_towards
 from mell_gpu_worker.transport.base import ProtocolError, RefusedError, TransportOptions
 from mell_gpu_worker.transport.checksum import checksum_of
-from mell_gpu_worker.transport.chunks import Slots, cut, scatter
+from mell_gpu_worker.transport.chunks import MAX_CHUNK_BYTES, Slots, cut, scatter
 from mell_gpu_worker.transport.factory import TransportUnavailableError, open_transport
-from mell_gpu_worker.transport.frames import FRAME_BYTES, Answer, Chunk, Hello, Mark, Verdict
-from mell_gpu_worker.transport.progress import ProgressDriver
+from mell_gpu_worker.transport.frames import FRAME_BYTES, MAX_GROUP, Answer, Chunk, Group, Hello, Verdict
+from mell_gpu_worker.transport.progress import Pending, ProgressDriver
 from mell_gpu_worker.transport.regions import DeviceBytes, DeviceRegion, HostRegion, region_of
 from mell_gpu_worker.transport.self_test import measure, measure_itself, offer_probe, serve_probe
 from tests.gpu_worker.transport.stage import Stage, eventually
 
+MIB = 2**20
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
+CHUNKS = st.builds(Chunk, slot=U32, count=U32, offset=U64, length=U32, checksum=st.none() | U64)
 
 
 @given(
-    st.builds(Chunk, slot=U32, count=U32, offset=U64, length=U64, number=U32, checksum=st.none() | U64),
-    st.builds(Mark, chunks=U32, size_bytes=U64),
+    st.builds(Group, number=U32, chunks=st.lists(CHUNKS, min_size=1, max_size=MAX_GROUP), last=st.booleans()),
     st.builds(Hello, secret=st.binary(min_size=32, max_size=32), size_bytes=U64, tag=U64),
     st.builds(Verdict, code=st.integers(0, 5), tag=U64),
     st.builds(Answer, code=st.integers(0, 2)),
 )
-def test_frames_come_back_as_they_were(
-    chunk: Chunk, mark: Mark, hello: Hello, verdict: Verdict, answer: Answer
-) -> None:
+def test_frames_come_back_as_they_were(group: Group, hello: Hello, verdict: Verdict, answer: Answer) -> None:
     """Every frame has the one size and decodes to what was encoded."""
-    for frame in (chunk, mark, hello, verdict, answer):
+    for frame in (group, hello, verdict, answer):
         encoded = frame.encode()
         assert len(encoded) == FRAME_BYTES
         assert type(frame).decode(encoded) == frame
@@ -63,18 +63,18 @@ def test_what_is_cut_fits_together_again(sizes: list[int], chunk_bytes: int, ran
     buffers = [bytearray(size) for size in sizes]
     slots = Slots([region_of(buffer, writable=True) for buffer in buffers])
     order = random.sample(range(len(sizes)), random.randint(0, len(sizes)))
-    for number, piece in enumerate(cut([(slot, region_of(sent[slot], writable=False)) for slot in order], chunk_bytes)):
+    for piece in cut([(slot, region_of(sent[slot], writable=False)) for slot in order], chunk_bytes):
         data = piece.payload()
         assert isinstance(data, HostRegion)
         assert data.nbytes == piece.nbytes <= chunk_bytes
-        chunk = Chunk(piece.slot, len(piece.regions), piece.offset, piece.nbytes, number, checksum_of(data))
+        chunk = Chunk(piece.slot, len(piece.regions), piece.offset, piece.nbytes, checksum_of(data))
         scatter(data.raw, slots.regions_of(chunk))
     assert sorted(slots.finish_round()) == sorted(order)
     for slot, buffer in enumerate(buffers):
         assert buffer == (sent[slot] if slot in order else bytes(sizes[slot]))
         if slot in order:
             with pytest.raises(ProtocolError):
-                slots.regions_of(Chunk(slot, 1, 0, sizes[slot], 0, None))
+                slots.regions_of(Chunk(slot, 1, 0, sizes[slot], None))
 
 
 @dataclass
@@ -99,21 +99,21 @@ class Cuda:
 
 
 def test_cuda_memory_is_bytes_at_an_address() -> None:
-    """CUDA memory keeps address and size, is cut by address, never packed, and has no checksum of ours."""
-    block = Cuda((2, 3, 100), strides=(600, 200, 2))
+    """CUDA memory keeps address and size, is cut by address and coarsely, never packed, and has no checksum of ours."""
+    block = Cuda((9, 1024, 1024), strides=(2 * MIB, 2048, 2))
     region = region_of(block, writable=True)
     assert isinstance(region, DeviceRegion)
-    assert region.nbytes == 1200
+    assert region.nbytes == 18 * MIB
     pieces = list(cut([(0, region), (1, region_of(Cuda((4,)), writable=False))], 1000))
     assert [(piece.slot, piece.offset, piece.nbytes, piece.packed) for piece in pieces] == [
-        (0, 0, 1000, False),
-        (0, 1000, 200, False),
+        (0, 0, MAX_CHUNK_BYTES, False),
+        (0, MAX_CHUNK_BYTES, 2 * MIB, False),
         (1, 0, 8, False),
     ]
     second = pieces[1].payload().raw
     assert isinstance(second, DeviceBytes)
-    assert second.__cuda_array_interface__["data"] == (block.pointer + 1000, False)
-    assert second.__cuda_array_interface__["shape"] == (200,)
+    assert second.__cuda_array_interface__["data"] == (block.pointer + MAX_CHUNK_BYTES, False)
+    assert second.__cuda_array_interface__["shape"] == (2 * MIB,)
     assert checksum_of(region) is None
     with pytest.raises(ValueError, match="not contiguous"):
         region_of(Cuda((2, 3), strides=(12, 2)), writable=False)
@@ -196,7 +196,7 @@ async def test_the_driver_completes_requests_once() -> None:
         return lambda error: told.append((name, error))
 
     for name, request in (("good", good), ("bad", bad), ("late", late)):
-        driver.submit(request, b"", tell(name))
+        driver.submit(Pending(request, b"", tell(name), owner=worker))
     assert not told
     good.completed = bad.completed = True
     driver.wake()
@@ -204,6 +204,24 @@ async def test_the_driver_completes_requests_once() -> None:
     assert (told, driver.pending) == ([("good", None), ("bad", bad.error)], 1)
     late.completed = True
     await eventually(lambda: len(told) == 3)
+    driver.close()
+    os.close(worker.signal)
+    os.close(worker.epoll_file_descriptor)
+
+
+async def test_others_get_their_turn_while_many_requests_end() -> None:
+    """Requests that end together are told of over several turns of the loop, in order."""
+    worker = Worker()
+    driver = ProgressDriver(worker, OSError, tick_s=3600)
+    turn, told = 0, []
+    for number in range(100):
+        request = Request(completed=True)
+        driver.submit(Pending(request, b"", lambda _, number=number: told.append((number, turn)), owner=worker))
+    while driver.pending:
+        turn += 1
+        await asyncio.sleep(0)
+    assert [number for number, _ in told] == list(range(100))
+    assert max(Counter(turn for _, turn in told).values()) <= 10
     driver.close()
     os.close(worker.signal)
     os.close(worker.epoll_file_descriptor)

@@ -76,7 +76,7 @@ class TransportOptions:
     """A connection that has not named a secret by then is closed."""
     chunk_bytes: int = 2**20
     """Most bytes under one checksum; buffers smaller than a quarter of it travel packed together."""
-    chunks_in_flight: int = 8
+    chunks_in_flight: int = 32
     """Most chunks of one transfer on their way at once."""
     ucx_net_devices: str = ""
     """Interfaces UCX may use, as in `UCX_NET_DEVICES`; empty: UCX's choice."""

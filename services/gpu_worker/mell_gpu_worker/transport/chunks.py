@@ -39,8 +39,8 @@ class Piece:
 def cut(slots: Sequence[tuple[int, Region]], chunk_bytes: int) -> Iterator[Piece]:
     """Yield the chunks of a round, in order.
 
-    Runs of small slots with consecutive numbers are packed, since each message costs more than copying them; device
-    memory never is.
+    Runs of small slots with consecutive numbers are packed, since each message costs more than copying them. Device
+    memory never is, and it is cut as coarsely as a target allows: it has no checksum that needs a shorter reach.
     """
     run: list[tuple[int, Region]] = []
     run_bytes = 0
@@ -54,8 +54,9 @@ def cut(slots: Sequence[tuple[int, Region]], chunk_bytes: int) -> Iterator[Piece
             run.append((slot, region))
             run_bytes += region.nbytes
         else:
-            for offset in range(0, region.nbytes, chunk_bytes) if region.nbytes else (0,):
-                yield Piece(slot, offset, (region.part(offset, min(chunk_bytes, region.nbytes - offset)),))
+            most = chunk_bytes if isinstance(region, HostRegion) else MAX_CHUNK_BYTES
+            for offset in range(0, region.nbytes, most) if region.nbytes else (0,):
+                yield Piece(slot, offset, (region.part(offset, min(most, region.nbytes - offset)),))
     if run:
         yield _packed(run)
 

@@ -1,24 +1,28 @@
 """What travels beside the payloads: frames of one fixed size, so that a stranger can never make us allocate.
 
 Little-endian throughout. A connection begins with `Hello` from the source and `Verdict` from the target; then each
-round is any number of `Chunk` frames, each followed by its payload, and a `Mark`, answered by an `Answer`.
+round is one `Group` or more, each followed by the payloads of its chunks, the last one answered by an `Answer`.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mell_gpu_worker.transport.base import SECRET_BYTES, ProtocolError
 
-FRAME_BYTES = 64
-VERSION = 1
+FRAME_BYTES = 512
+MAX_GROUP = 15
+"""Most chunks in one group."""
+VERSION = 2
 _MAGIC = b"MELLKV"
 
-_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQQ8x")
-_VERDICT = struct.Struct("<6sHBxHQ44x")
-_CHUNK = struct.Struct("<BBxxIIIQQQ24x")
-_MARK = struct.Struct("<BxxxIQ48x")
-_ANSWER = struct.Struct("<BBxxIQ48x")
-assert all(each.size == FRAME_BYTES for each in (_HELLO, _VERDICT, _CHUNK, _MARK, _ANSWER))
+_HELLO = struct.Struct(f"<6sH{SECRET_BYTES}sQQ456x")
+_VERDICT = struct.Struct("<6sHBxHQ492x")
+_GROUP = struct.Struct("<BBBxI24x")
+_CHUNK = struct.Struct("<IIQIBxxxQ")
+_ANSWER = struct.Struct("<BB510x")
+assert all(each.size == FRAME_BYTES for each in (_HELLO, _VERDICT, _ANSWER))
+assert _GROUP.size + MAX_GROUP * _CHUNK.size == FRAME_BYTES
 
 ACCEPTED = 0
 REFUSALS = {
@@ -30,7 +34,7 @@ REFUSALS = {
 }
 UNKNOWN_SECRET, OTHER_SIZE, OVER_LIMIT, TAKEN, OTHER_VERSION = REFUSALS
 
-CHUNK, MARK, ANSWER = 1, 2, 3
+GROUP, ANSWER = 1, 2
 
 DONE = 0
 FAILURES = {1: "a chunk arrived corrupted", 2: "the target could not make sense of what it received"}
@@ -87,40 +91,42 @@ class Chunk:
     count: int
     offset: int
     length: int
-    number: int
-    """Counts the chunks of a transfer from 0."""
     checksum: int | None
 
     def encode(self) -> bytes:
-        """Return the frame."""
+        """Return its entry in a group's frame."""
         checked = self.checksum is not None
-        return _CHUNK.pack(
-            CHUNK, checked, self.slot, self.count, self.number, self.offset, self.length, self.checksum or 0
-        )
+        return _CHUNK.pack(self.slot, self.count, self.offset, self.length, checked, self.checksum or 0)
 
     @classmethod
-    def decode(cls, frame: bytes) -> "Chunk":
-        """Read a frame of kind `CHUNK`."""
-        _, checked, slot, count, number, offset, length, checksum = _CHUNK.unpack(frame)
-        return cls(slot, count, offset, length, number, checksum if checked else None)
+    def decode(cls, frame: bytes, start: int) -> "Chunk":
+        """Read the entry that begins at `start`."""
+        slot, count, offset, length, checked, checksum = _CHUNK.unpack_from(frame, start)
+        return cls(slot, count, offset, length, checksum if checked else None)
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """The end of a round: how many chunks and bytes it had."""
+class Group:
+    """The next chunks of a round, whose payloads follow in this order; the `last` group ends the round."""
 
-    chunks: int
-    size_bytes: int
+    number: int
+    """Of the first chunk; counts the chunks of a transfer from 0."""
+    chunks: Sequence[Chunk]
+    last: bool
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _MARK.pack(MARK, self.chunks, self.size_bytes)
+        head = _GROUP.pack(GROUP, self.last, len(self.chunks), self.number)
+        return b"".join((head, *(chunk.encode() for chunk in self.chunks))).ljust(FRAME_BYTES, b"\0")
 
     @classmethod
-    def decode(cls, frame: bytes) -> "Mark":
-        """Read a frame of kind `MARK`."""
-        _, chunks, size_bytes = _MARK.unpack(frame)
-        return cls(chunks, size_bytes)
+    def decode(cls, frame: bytes) -> "Group":
+        """Read a frame; raises `ProtocolError` unless it is a group, of no chunks only at a round's end."""
+        kind, last, count, number = _GROUP.unpack_from(frame)
+        if kind != GROUP or count > MAX_GROUP or not (count or last):
+            raise ProtocolError(f"a frame of kind {kind} with {count} chunks makes no sense")
+        starts = range(_GROUP.size, _GROUP.size + count * _CHUNK.size, _CHUNK.size)
+        return cls(number, [Chunk.decode(frame, start) for start in starts], bool(last))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +137,12 @@ class Answer:
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _ANSWER.pack(ANSWER, self.code, 0, 0)
+        return _ANSWER.pack(ANSWER, self.code)
 
     @classmethod
     def decode(cls, frame: bytes) -> "Answer":
         """Read a frame; raises `ProtocolError` if it is no answer."""
-        kind, code, _, _ = _ANSWER.unpack(frame)
+        kind, code = _ANSWER.unpack(frame)
         if kind != ANSWER or (code != DONE and code not in FAILURES):
             raise ProtocolError("the target answered something else")
         return cls(code)

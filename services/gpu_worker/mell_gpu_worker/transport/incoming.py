@@ -16,14 +16,12 @@ from mell_gpu_worker.transport.checksum import checksum_of
 from mell_gpu_worker.transport.chunks import Slots, scatter
 from mell_gpu_worker.transport.frames import (
     ACCEPTED,
-    CHUNK,
     CORRUPTED,
     DONE,
-    MARK,
     SENSELESS,
     Answer,
     Chunk,
-    Mark,
+    Group,
     Verdict,
 )
 from mell_gpu_worker.transport.link import Link
@@ -49,6 +47,7 @@ class LinkIncoming:
         self._link: Link | None = None
         self._closed = closed
         self._round = Tally()
+        self._chunks = 0
         lifetime = DeadlineError(f"the offer's lifetime of {lifetime_s:g} s is over")
         self._expiry = asyncio.get_running_loop().call_later(lifetime_s, self.end, lifetime)
 
@@ -105,7 +104,7 @@ class LinkIncoming:
         try:
             await link.send_frame(Verdict(ACCEPTED, link.inbox).encode())
             while self._over is None:
-                await self._frame(link, await link.receive_frame())
+                await self._group(link, Group.decode(await link.receive_frame()))
         except (LinkLostError, CorruptedError, ProtocolError) as error:
             await self._refuse(link, error)
         finally:
@@ -121,20 +120,18 @@ class LinkIncoming:
             code = CORRUPTED if isinstance(error, CorruptedError) else SENSELESS
             await farewell(link, Answer(code).encode())
 
-    async def _frame(self, link: Link, frame: bytes) -> None:
-        kind = frame[0]
-        if kind == CHUNK:
-            await self._chunk(link, Chunk.decode(frame))
-        elif kind == MARK:
-            await self._mark(link, Mark.decode(frame))
-        else:
-            raise ProtocolError(f"a frame of unknown kind {kind}")
-
-    async def _chunk(self, link: Link, chunk: Chunk) -> None:
+    async def _group(self, link: Link, group: Group) -> None:
+        if group.number != self._chunks:
+            raise ProtocolError(f"chunk {group.number} came where {self._chunks} was due")
+        self._chunks += len(group.chunks)
         assert self._slots is not None
-        if chunk.number != self._round.next_chunk:
-            raise ProtocolError(f"chunk {chunk.number} came where {self._round.next_chunk} was due")
-        regions = self._slots.regions_of(chunk)
+        # All of a group is judged before memory is taken for any of it.
+        for chunk, regions in [(chunk, self._slots.regions_of(chunk)) for chunk in group.chunks]:
+            await self._chunk(link, chunk, regions)
+        if group.last:
+            await self._end_of_round(link)
+
+    async def _chunk(self, link: Link, chunk: Chunk, regions: Sequence[Region]) -> None:
         self._round.count(chunk, packed=len(regions) > 1)
         if len(regions) == 1:
             region = regions[0]
@@ -155,18 +152,16 @@ class LinkIncoming:
         elif found != chunk.checksum:
             self._round.corrupted = True
 
-    async def _mark(self, link: Link, mark: Mark) -> None:
+    async def _end_of_round(self, link: Link) -> None:
         await link.filled()
         tally = self._round
         if tally.corrupted:
             raise CorruptedError("a chunk arrived with a wrong checksum")
         assert self._slots is not None
-        if (mark.chunks, mark.size_bytes) != (tally.chunks, tally.size_bytes):
-            raise ProtocolError(f"a round of {mark.chunks} chunks ended after {tally.chunks}")
         if len(self._rounds) >= MAX_WAITING_ROUNDS:
             raise ProtocolError(f"{MAX_WAITING_ROUNDS} rounds were sent and none asked for")
         done = Round(self._slots.finish_round(), tally.size_bytes, tally.unchecked_bytes, tally.staged_bytes)
-        self._round = Tally(tally.next_chunk)
+        self._round = Tally()
         await link.send_frame(Answer(DONE).encode())
         self._rounds.append(done)
         self._changed.set()
@@ -175,17 +170,14 @@ class LinkIncoming:
 class Tally:
     """What has been counted in the round under way."""
 
-    __slots__ = ("chunks", "corrupted", "next_chunk", "size_bytes", "staged_bytes", "unchecked_bytes")
+    __slots__ = ("corrupted", "size_bytes", "staged_bytes", "unchecked_bytes")
 
-    def __init__(self, next_chunk: int = 0) -> None:
-        self.next_chunk = next_chunk
-        self.chunks = self.size_bytes = self.staged_bytes = self.unchecked_bytes = 0
+    def __init__(self) -> None:
+        self.size_bytes = self.staged_bytes = self.unchecked_bytes = 0
         self.corrupted = False
 
     def count(self, chunk: Chunk, *, packed: bool) -> None:
         """Count a chunk that is about to arrive."""
-        self.next_chunk += 1
-        self.chunks += 1
         self.size_bytes += chunk.length
         self.staged_bytes += chunk.length if packed else 0
 

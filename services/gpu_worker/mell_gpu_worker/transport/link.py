@@ -4,7 +4,7 @@ Internal to this package. All methods but `close` may raise `LinkLostError` and 
 its own, since the protocol above runs each of its phases under one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mell_gpu_worker.transport.regions import Region
@@ -30,8 +30,8 @@ class Link(Protocol):
         """Return the next frame."""
         ...
 
-    async def post(self, frame: bytes, payload: Region) -> None:
-        """Send a frame and its payload; may return before the payload is read, but waits while too many are."""
+    async def post(self, frame: bytes, payloads: Sequence[Region]) -> None:
+        """Send a frame and its payloads; may return before they are read, but waits while too many are."""
         ...
 
     async def posted(self) -> None:
@@ -39,7 +39,7 @@ class Link(Protocol):
         ...
 
     async def fill(self, target: Region, landed: Callable[[], None]) -> None:
-        """Receive the payload of the last frame into `target`, in place, and call `landed` once it is there.
+        """Receive the next payload into `target`, in place, and call `landed` once it is there.
 
         May return before it has landed, but waits while too many have not.
         """

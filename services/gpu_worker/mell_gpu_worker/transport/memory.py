@@ -90,9 +90,11 @@ class MemoryLink:
             raise LinkLostError("the connection is closed")
         return frame
 
-    async def post(self, frame: bytes, payload: Region) -> None:
-        """Queue a frame and a copy of its payload."""
-        await self.out.put(frame, self.out.spoil(bytes(_host(payload))))
+    async def post(self, frame: bytes, payloads: Sequence[Region]) -> None:
+        """Queue a frame and copies of its payloads."""
+        await self.out.put(frame)
+        for payload in payloads:
+            await self.out.put(self.out.spoil(bytes(_host(payload))))
 
     async def posted(self) -> None:
         """Nothing to wait for: `post` copies."""

@@ -1,7 +1,7 @@
 """The source's end of a transfer, the same over every link."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 
 from mell_gpu_worker.transport.base import (
     CorruptedError,
@@ -21,11 +21,12 @@ from mell_gpu_worker.transport.frames import (
     CORRUPTED,
     DONE,
     FAILURES,
+    MAX_GROUP,
     REFUSALS,
     Answer,
     Chunk,
+    Group,
     Hello,
-    Mark,
     Verdict,
 )
 from mell_gpu_worker.transport.link import Link
@@ -131,22 +132,26 @@ class LinkOutgoing:
         raise (CorruptedError if answer.code == CORRUPTED else ProtocolError)(FAILURES[answer.code])
 
     async def _pump(self, regions: list[tuple[int, Region]]) -> Round:
-        chunks = size_bytes = staged_bytes = unchecked_bytes = 0
-        for piece in cut(regions, self._options.chunk_bytes):
-            checked = await self._post(piece)
-            chunks += 1
-            size_bytes += piece.nbytes
-            staged_bytes += piece.nbytes if piece.packed else 0
-            unchecked_bytes += 0 if checked else piece.nbytes
-        await self._link.send_frame(Mark(chunks, size_bytes).encode())
+        unchecked_bytes = 0
+        pieces = list(cut(regions, self._options.chunk_bytes))
+        # While one group is under way the next one is made.
+        size = max(1, min(MAX_GROUP, self._options.chunks_in_flight // 2))
+        for begin in range(0, max(len(pieces), 1), size):
+            unchecked_bytes += await self._post(pieces[begin : begin + size], last=begin + size >= len(pieces))
         await self._link.posted()
+        size_bytes = sum(piece.nbytes for piece in pieces)
+        staged_bytes = sum(piece.nbytes for piece in pieces if piece.packed)
         return Round(tuple(slot for slot, _ in regions), size_bytes, unchecked_bytes, staged_bytes)
 
-    async def _post(self, piece: Piece) -> bool:
-        payload = piece.payload()
-        checksum = checksum_of(payload)
-        count = len(piece.regions)
-        chunk = Chunk(piece.slot, count, piece.offset, payload.nbytes, self._chunks, checksum)
-        self._chunks += 1
-        await self._link.post(chunk.encode(), payload)
-        return checksum is not None
+    async def _post(self, pieces: Sequence[Piece], *, last: bool) -> int:
+        """Send the chunks of one group; return how many bytes have no checksum."""
+        chunks, payloads = [], []
+        for piece in pieces:
+            payload = piece.payload()
+            chunks.append(Chunk(piece.slot, len(piece.regions), piece.offset, payload.nbytes, checksum_of(payload)))
+            payloads.append(payload)
+            # A checksum takes a while: others get a turn of the loop.
+            await asyncio.sleep(0)
+        await self._link.post(Group(self._chunks, chunks, last).encode(), payloads)
+        self._chunks += len(chunks)
+        return sum(chunk.length for chunk in chunks if chunk.checksum is None)

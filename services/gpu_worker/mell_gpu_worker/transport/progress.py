@@ -17,6 +17,8 @@ from typing import Any, Protocol
 _TICK_S = 0.5
 _MAX_MOVES = 64
 """Moves in one turn of the loop; others want it too."""
+_MAX_TOLD = 8
+"""Requests told of in one turn: each may mean a checksum."""
 
 
 class UcxWorker(Protocol):
@@ -60,6 +62,9 @@ class Pending:
     request: UcxRequest
     memory: Any
     finished: Callable[[Exception | None], None]
+    """Called once, with the request's error if it failed, from a later turn of the loop."""
+    owner: object
+    """Whose requests `settle` settles together."""
 
 
 class ProgressDriver:
@@ -83,12 +88,10 @@ class ProgressDriver:
         """Requests under way."""
         return len(self._pending)
 
-    def submit(self, request: UcxRequest, memory: Any, finished: Callable[[Exception | None], None]) -> Pending:
-        """Watch a request; `finished` is called once, with its error if it failed, never from within this call."""
-        pending = Pending(request, memory, finished)
+    def submit(self, pending: Pending) -> None:
+        """Watch a request."""
         self._pending.append(pending)
         self.wake()
-        return pending
 
     def wake(self) -> None:
         """Drive at the next turn of the loop."""
@@ -96,23 +99,24 @@ class ProgressDriver:
             self._scheduled = True
             self._loop.call_soon(self._scheduled_drive)
 
-    def settle(self, requests: list[Pending], moves: int) -> bool:
-        """Progress here and now until `requests` are completed; whether they all were within `moves`."""
+    def settle(self, owner: object, moves: int) -> bool:
+        """Progress here and now until all requests of `owner` are completed; whether they were within `moves`."""
+        requests = [pending.request for pending in self._pending if pending.owner is owner]
         # An endpoint that failed has its requests on a list of those to be cancelled, which nobody else works off.
         self._worker.cancel_inflight_requests()
         for _ in range(moves):
-            if all(pending.request.completed for pending in requests):
+            if all(request.completed for request in requests):
                 break
             self._worker.progress_once()
         self.wake()
-        return all(pending.request.completed for pending in requests)
+        return all(request.completed for request in requests)
 
     def close(self) -> None:
         """Stop driving and let go of the worker; every request must have been settled."""
         self._closed = True
         self._tick.cancel()
         self._loop.remove_reader(self._descriptor)
-        self._complete()
+        self._complete(len(self._pending))
         del self._worker
 
     def _on_tick(self) -> None:
@@ -130,17 +134,20 @@ class ProgressDriver:
                 break
         else:
             self.wake()
-        self._complete()
+        self._complete(_MAX_TOLD)
         if not self._scheduled and not self._worker.arm():
             self.wake()
 
-    def _complete(self) -> None:
-        if not any(pending.request.completed for pending in self._pending):
-            return
-        done = [pending for pending in self._pending if pending.request.completed]
-        self._pending = [pending for pending in self._pending if not pending.request.completed]
+    def _complete(self, most: int) -> None:
+        done: list[Pending] = []
+        waiting: list[Pending] = []
+        for pending in self._pending:
+            (done if len(done) < most and pending.request.completed else waiting).append(pending)
+        self._pending = waiting
         for pending in done:
             pending.finished(self._error(pending.request))
+        if len(done) == most:
+            self.wake()
 
     def _error(self, request: UcxRequest) -> Exception | None:
         try:

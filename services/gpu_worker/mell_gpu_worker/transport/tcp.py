@@ -52,22 +52,21 @@ class TcpLink:
         await self._fill(memoryview(frame))
         return bytes(frame)
 
-    async def post(self, frame: bytes, payload: Region) -> None:
-        """Hand a frame and its payload to the kernel, both in one call if there is room."""
-        raw = _host(payload)
+    async def post(self, frame: bytes, payloads: Sequence[Region]) -> None:
+        """Hand a frame and its payloads to the kernel, the first two parts in one call if there is room."""
+        parts = [memoryview(frame), *map(_host, payloads)]
         async with self._use():
-            sent = self._send_now(frame, raw)
-            if sent < FRAME_BYTES:
-                await self._loop.sock_sendall(self._sock, frame[sent:])
-                sent = FRAME_BYTES
-            if sent - FRAME_BYTES < raw.nbytes:
-                await self._loop.sock_sendall(self._sock, raw[sent - FRAME_BYTES :])
-        # Bytes that there is room for are sent without a turn of the loop, as with `fill`.
-        await asyncio.sleep(0)
+            sent = self._send_now(parts[:2])
+            for part in parts:
+                if sent < part.nbytes:
+                    await self._loop.sock_sendall(self._sock, part[sent:])
+                    # Bytes that there is room for are sent without a turn of the loop, as with `fill`.
+                    await asyncio.sleep(0)
+                sent = max(0, sent - part.nbytes)
 
-    def _send_now(self, frame: bytes, raw: memoryview) -> int:
+    def _send_now(self, parts: Sequence[memoryview]) -> int:
         try:
-            return self._sock.sendmsg((frame, raw))
+            return self._sock.sendmsg(parts)
         except (BlockingIOError, InterruptedError):
             return 0
 

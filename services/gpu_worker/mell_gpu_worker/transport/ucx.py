@@ -54,7 +54,6 @@ class UcxLink:
         self._posts = self._fills = 0
         self._posting = Flight(in_flight)
         self._filling = Flight(in_flight)
-        self._pending: set[Pending] = set()
         # UCX tells of a lost peer here; ucxx does not always cancel tagged receives then, but a close does.
         endpoint.set_close_callback(lambda: self._loop.call_soon(self.close))
 
@@ -103,12 +102,13 @@ class UcxLink:
         self._start(operation, view, finished, *tags)
         await future
 
-    async def post(self, frame: bytes, payload: Region) -> None:
-        """Start to send a frame and its payload, once fewer than the window's chunks are under way."""
-        await self._posting.take_off()
+    async def post(self, frame: bytes, payloads: Sequence[Region]) -> None:
+        """Start to send a frame and its payloads, once the window has room for them all."""
+        await self._posting.take_off(len(payloads))
         self._start("tag_send", memoryview(frame), self._posting.noted, self._outbox)
-        self._start("tag_send", payload.raw, self._posting.landed, self._outbox + self._posts % _PAYLOAD_TAGS + 1)
-        self._posts += 1
+        for payload in payloads:
+            self._start("tag_send", payload.raw, self._posting.landed, self._outbox + self._posts % _PAYLOAD_TAGS + 1)
+            self._posts += 1
 
     async def posted(self) -> None:
         """Wait until UCX has let go of all payloads."""
@@ -116,7 +116,7 @@ class UcxLink:
 
     async def fill(self, target: Region, landed: Callable[[], None]) -> None:
         """Start to receive the payload into place, once fewer than the window's are under way."""
-        await self._filling.take_off()
+        await self._filling.take_off(1)
 
         def finished(error: Exception | None) -> None:
             if error is None and self._endpoint is not None:
@@ -139,13 +139,7 @@ class UcxLink:
             request = getattr(self._endpoint, operation)(array, *map(Tag, tags))
         except ucx.UCXError as error:
             raise _lost(error) from error
-
-        def done(error: Exception | None) -> None:
-            self._pending.discard(pending)
-            finished(error)
-
-        pending = self._driver.submit(request, array, done)
-        self._pending.add(pending)
+        self._driver.submit(Pending(request, array, finished, self))
 
     def close(self) -> None:
         """Close the endpoint by force, then progress until UCX has let go of every request and its memory."""
@@ -154,23 +148,24 @@ class UcxLink:
         endpoint, self._endpoint = self._endpoint, None
         endpoint.remove_close_callback()
         endpoint.close_blocking(_CLOSE_NS, 1)
-        settled = self._driver.settle(list(self._pending), _CLOSE_MOVES)
+        settled = self._driver.settle(self, _CLOSE_MOVES)
         assert settled, "UCX holds on to memory of a closed endpoint"
 
 
 class Flight:
-    """Counts what is under way in one direction, bounds it, and keeps the first error."""
+    """Counts what is under way in one direction, bounds it, and keeps the first error; one task waits at a time."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._under_way = 0
+        self._awaited = 0
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
-    async def take_off(self) -> None:
-        """Wait for room and take it; raises what went wrong before."""
-        await self._until(self._limit - 1)
-        self._under_way += 1
+    async def take_off(self, count: int) -> None:
+        """Wait for room for `count` and take it; raises what went wrong before."""
+        await self._until(max(0, self._limit - count))
+        self._under_way += count
 
     async def all_landed(self) -> None:
         """Wait until nothing is under way; raises what went wrong."""
@@ -184,9 +179,11 @@ class Flight:
     def noted(self, error: Exception | None) -> None:
         """Keep the first error."""
         self._error = self._error or error
-        self._changed.set()
+        if self._under_way <= self._awaited or self._error is not None:
+            self._changed.set()
 
     async def _until(self, most: int) -> None:
+        self._awaited = most
         while self._under_way > most and self._error is None:
             self._changed.clear()
             await self._changed.wait()

@@ -858,6 +858,18 @@ def test_a_sequence_that_outgrows_its_room_stops_early(mode: str) -> None:
     assert len(cluster.committed()) == 1
 
 
+@pytest.mark.parametrize("mode", ["kv", "hybrid"])
+def test_a_sequence_that_outgrew_its_room_before_it_was_given_stays(mode: str) -> None:
+    """The answer took so long that the blocks do not fit any more: none is sent, and the move is called off."""
+    cluster = Cluster(kv_blocks=60, moves=MoveLimits(growth_tokens=2))
+    cluster.open("a", LONG, max_tokens=100)
+    cluster.tokens(5)
+    cluster.network.plan = lambda flight: "delay" if flight.what in {"ReserveKv", "KvReserved"} else "deliver"
+    cluster.migrate("a", "w2", mode)
+    cluster.finish()
+    assert [event.reason for event in cluster.failed()] == ["no_room"]
+
+
 def test_tokens_need_no_transport() -> None:
     """A worker that moves by ids alone makes no offer."""
     cluster = Cluster(migration_modes=("tokens",))

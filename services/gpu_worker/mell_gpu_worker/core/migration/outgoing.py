@@ -96,11 +96,11 @@ class Outgoing:
         return self.held.held_tokens // self.block_tokens
 
     @property
-    def outgrown(self) -> bool:
-        """Whether the target's room would not hold what the sequence might be in two steps."""
+    def room_tokens(self) -> int:
+        """Tokens beyond those the sequence has for which there is room at the target; negative if it outgrew that."""
         assert self.held is not None
         room = self.held.held_tokens + self.held.slots * self.block_tokens
-        return len(self.sequence.token_ids) + 2 > room
+        return room - len(self.sequence.token_ids)
 
     def reserve(self, growth_tokens: int, model: str, kv_layout: str, now_us: int) -> ReserveKv:
         """Return the question for room: what the plan counts on, if it says, with growth of at most `growth_tokens`."""

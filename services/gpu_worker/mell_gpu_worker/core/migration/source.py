@@ -54,6 +54,8 @@ from mell_shared.messages.worker import (
 
 _MISSES = 3
 """Questions that a target may leave unanswered in a row while it prefills."""
+_STEPS_TO_STOP = 2
+"""Steps that a sequence may still take before it stands still: the one under way, and the next."""
 _WHOLE = frozenset({SourcePhase.RESERVING, SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
 """Until a commit is sent, the sequence must keep what is being copied, if anything is."""
 _LINKED = frozenset({SourcePhase.COPYING, SourcePhase.STOPPING, SourcePhase.SENDING})
@@ -247,6 +249,8 @@ class Source:
         preempted = move.sequence.phase is Phase.WAITING and phase in _WHOLE
         if not move.sequence.live or (preempted and move.needs_blocks):
             return SourceEvent.LOST
+        if phase is SourcePhase.COPYING and move.needs_blocks and move.room_tokens < 0:
+            return SourceEvent.REFUSED
         if phase is SourcePhase.COPYING and self._tail_small(move):
             return SourceEvent.TAIL_SMALL
         if phase is SourcePhase.STOPPING and not move.sequence.in_step:
@@ -260,12 +264,14 @@ class Source:
         """Reason and words of what is noticed here, should the move fail with it."""
         if event is SourceEvent.LATE and move.standing.phase is SourcePhase.COPYING:
             return "timeout", "it took too long to copy"
+        if event is SourceEvent.REFUSED:
+            return "no_room", "it grew beyond the room at the target while that was being asked for"
         if event is SourceEvent.LOST:
             return ("ended", "it ended here") if not move.sequence.live else ("preempted", "it was preempted here")
         return "", ""
 
     def _tail_small(self, move: Outgoing) -> bool:
-        if move.outgrown:
+        if move.room_tokens < _STEPS_TO_STOP:
             return True
         copying, catching = move.copying, move.catching
         if copying is not None:
