@@ -102,6 +102,11 @@ class Outgoing:
         room = self.held.held_tokens + self.held.slots * self.block_tokens
         return room - len(self.sequence.token_ids)
 
+    @property
+    def fits(self) -> bool:
+        """Whether all blocks that are to be sent have a place at the target; by tokens none is."""
+        return not self.needs_blocks or self.room_tokens >= 0
+
     def reserve(self, growth_tokens: int, model: str, kv_layout: str, now_us: int) -> ReserveKv:
         """Return the question for room: what the plan counts on, if it says, with growth of at most `growth_tokens`."""
         sequence = self.sequence

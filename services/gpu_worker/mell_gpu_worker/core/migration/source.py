@@ -249,10 +249,8 @@ class Source:
         preempted = move.sequence.phase is Phase.WAITING and phase in _WHOLE
         if not move.sequence.live or (preempted and move.needs_blocks):
             return SourceEvent.LOST
-        if phase is SourcePhase.COPYING and move.needs_blocks and move.room_tokens < 0:
-            return SourceEvent.REFUSED
         if phase is SourcePhase.COPYING and self._tail_small(move):
-            return SourceEvent.TAIL_SMALL
+            return SourceEvent.TAIL_SMALL if move.fits else SourceEvent.REFUSED
         if phase is SourcePhase.STOPPING and not move.sequence.in_step:
             return SourceEvent.STOPPED
         if phase is SourcePhase.SENDING and self._all_sent(move):
