@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 up: venv
 	$(BIN)/mell up $(ARGS)
 
-# Two processes, for much of the time goes into waiting for real ones. A file's tests stay together, in order; the long files first.
+# More processes than cores, for much of the time goes into waiting for real ones. A file's tests stay together, in order;
+# the long files first.
 # Only all tests together can be held to the coverage that pyproject.toml asks for.
-JOBS ?= 2
+JOBS ?= 3
 test: venv
 	$(BIN)/python -m pytest $(or $(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder --cov)
 
