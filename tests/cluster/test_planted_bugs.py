@@ -119,7 +119,7 @@ def same_worker_again(patch: Patch) -> None:
     """The scheduler is not told which workers just lost the sequence."""
     place = Life.place
 
-    def careless(self: Life, stream: Stream, now_us: int, cause: str) -> Any:
+    def careless(self: Life, stream: Stream, now_us: int, cause: str = "") -> Any:
         stream.excluded = ()
         return place(self, stream, now_us, cause)
 

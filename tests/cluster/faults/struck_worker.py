@@ -11,7 +11,8 @@ looked at from outside.
 | `decode` | the engine is about to compute the twentieth token of a sequence's output |
 | `source:PHASE`, `target:PHASE` | a move is in this phase of `migration/tables.py`, all that is said then is sent |
 | `source:PHASE!`, `target:PHASE!` | it has just come into it, and nothing of that is said yet |
-| `source:chunk`, `target:chunk` | the third chunk of KV is about to be sent, is being received |
+| `source:chunk` | the first chunk of a group of KV has been sent, over TCP, the others have not |
+| `target:chunk` | the third chunk of KV is being received |
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mell_gpu_worker import __main__ as program
@@ -29,7 +30,7 @@ from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.transport.incoming import LinkIncoming
-from mell_gpu_worker.transport.outgoing import LinkOutgoing
+from mell_gpu_worker.transport.tcp import TcpLink
 
 STRUCK = "struck at "
 _OUTPUTS = 20
@@ -73,22 +74,24 @@ def watch_engine(strike: Strike) -> None:
 
 
 def watch_chunks(strike: Strike) -> None:
-    """Look at each chunk of KV, before it is sent and as its header has come."""
+    """Look at KV under way: what has just been sent, what is about to be received."""
+    send, receive = TcpLink._send_now, LinkIncoming._chunk
+    received = 0
 
-    def counted(method: Callable[..., Awaitable[Any]], point: str) -> Callable[..., Awaitable[Any]]:
-        count = 0
+    def watched_send(link: TcpLink, parts: Sequence[memoryview]) -> int:
+        sent = send(link, parts)
+        strike.at("source:chunk")
+        return sent
 
-        async def watched(*arguments: Any) -> Any:
-            nonlocal count
-            count += strike.armed
-            if count == _CHUNKS:
-                strike.at(point)
-            return await method(*arguments)
+    async def watched_receive(*arguments: Any) -> None:
+        nonlocal received
+        received += strike.armed
+        if received == _CHUNKS:
+            strike.at("target:chunk")
+        await receive(*arguments)
 
-        return watched
-
-    LinkOutgoing._post = counted(LinkOutgoing._post, "source:chunk")  # type: ignore[method-assign]
-    LinkIncoming._chunk = counted(LinkIncoming._chunk, "target:chunk")  # type: ignore[method-assign]
+    TcpLink._send_now = watched_send  # type: ignore[method-assign]
+    LinkIncoming._chunk = watched_receive  # type: ignore[method-assign]
 
 
 def watch_moves(strike: Strike) -> None:
