@@ -65,8 +65,9 @@ def main(model: str, threads: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = load(model, threads)
-    for answer in ({"ready": True}, *(work(engine, **json.loads(line)) for line in sys.stdin)):
-        print(json.dumps(answer), file=answers, flush=True)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(work(engine, **json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
