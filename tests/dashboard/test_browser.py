@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests.cluster.stack import Service, Stack, StreamedChat
 from tests.dashboard.browser import CHROMIUM, NO_CHROMIUM, chromium
@@ -95,19 +95,25 @@ def page(context: BrowserContext, faults: list[str]) -> Page:
 
 
 @pytest.fixture
-def answer(client: httpx.Client) -> Iterator[StreamedChat]:
-    """A request that runs for as long as the test does."""
+def answer(page: Page, client: httpx.Client) -> Iterator[StreamedChat]:
+    """A request that runs for as long as the test does, alone: the last test's has left the page too."""
+    expect(page.locator("#used")).to_have_text("0")
     answer = StreamedChat(client, 3_000)
     answer.read(5)
     yield answer
     answer.leave()
 
 
-def card(page: Page, text: str) -> str:
-    """The name of the worker whose card says something."""
-    found = page.locator(".gpu", has_text=text).first
-    expect(found).to_be_visible()
-    return found.locator(".name").inner_text()
+def running(page: Page) -> Locator:
+    """The names of the workers whose cards say that one request runs there: of both, for a moment, when it has moved."""
+    return page.locator(".gpu", has_text="1 running").locator(".name")
+
+
+def runs_on(page: Page) -> tuple[str, str]:
+    """The worker that runs the request, and the other one."""
+    expect(running(page)).to_have_count(1)
+    name = running(page).inner_text()
+    return name, "two" if name == "one" else "one"
 
 
 def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, faults: list[str]) -> None:
@@ -116,7 +122,7 @@ def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, f
     expect(page.locator("#used")).to_have_text("0")
     answer = StreamedChat(client, 3_000)
     answer.read(5)
-    expect(page.locator(".gpu", has_text="1 running")).to_have_count(1)
+    expect(running(page)).to_have_count(1)
     expect(page.locator("#used")).to_have_text("1")
     expect(page.locator("#shadow-name")).to_have_text("worst-fit: 1")
     expect(page.locator("#rate")).not_to_have_text("0")
@@ -131,28 +137,28 @@ def test_it_shows_the_cluster_and_follows_it(page: Page, client: httpx.Client, f
 
 def test_it_drains_by_its_buttons(page: Page, answer: StreamedChat, faults: list[str]) -> None:
     """The plan first; then the request moves while it runs, the worker is empty, and comes back when it may."""
-    name = card(page, "1 running")
+    name, other = runs_on(page)
     page.locator(".gpu", has_text=name).click()
     panel = page.get_by_role("complementary")
     expect(panel.get_by_role("heading", name=name)).to_be_focused()
     panel.get_by_role("button", name="Drain…").click()
     expect(panel.locator("#plan-text")).to_contain_text("1 request would move while running")
-    expect(page.locator('.gpu[data-state="active"] .name')).to_have_text(name)
+    expect(page.locator('.gpu[data-state="active"] .name')).to_have_text([name])
     panel.get_by_role("button", name="Drain now").click()
-    expect(page.locator('.gpu[data-state="drained"] .name')).to_have_text(name)
-    assert card(page, "1 running") != name
+    expect(page.locator('.gpu[data-state="drained"] .name')).to_have_text([name])
+    expect(running(page)).to_have_text([other])
     row = page.locator("#moves tr").first
     expect(row).to_contain_text("committed")
     expect(row).to_contain_text("drain")
     answer.read(len(answer.text) + 20)
     panel.get_by_role("button", name="Undrain").click()
-    expect(page.locator('.gpu[data-state="standby"] .name')).to_have_text(name)
+    expect(page.locator('.gpu[data-state="standby"] .name')).to_have_text([name])
     assert faults == []
 
 
 def test_it_moves_a_request(page: Page, answer: StreamedChat) -> None:
     """Picked in its GPU's panel, which also tells why it is there."""
-    name = card(page, "1 running")
+    name, other = runs_on(page)
     page.locator(".gpu", has_text=name).click()
     page.locator("#panel-rows .pick").click()
     page.get_by_role("button", name="Why here?").click()
@@ -161,7 +167,7 @@ def test_it_moves_a_request(page: Page, answer: StreamedChat) -> None:
     page.get_by_role("button", name="Move", exact=True).click()
     expect(page.locator("#toasts")).to_contain_text("has moved")
     expect(page.locator("#moves tr").first).to_contain_text("manual")
-    expect(page.locator(".gpu", has_text="1 running").locator(".name")).not_to_have_text(name)
+    expect(running(page)).to_have_text([other])
     answer.read(len(answer.text) + 20)
 
 
