@@ -105,7 +105,7 @@ def answer(page: Page, client: httpx.Client) -> Iterator[StreamedChat]:
 
 
 def running(page: Page) -> Locator:
-    """The names of the workers whose cards say that one request runs there: of both, for a moment, when it has moved."""
+    """The names of the workers whose cards say that a request runs there: for a moment both, when it has moved."""
     return page.locator(".gpu", has_text="1 running").locator(".name")
 
 
