@@ -60,6 +60,20 @@ def test_a_move_is_told_with_what_it_was_to_cost_and_what_it_cost() -> None:
     assert story(scene, "small").happenings[1].move == move
 
 
+def test_the_cost_of_a_move_that_a_report_told_first_is_written_in() -> None:
+    """The page of the move gets it, wherever it stands by then."""
+    scene = Packed()
+    order = scene.order()
+    scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
+    moved = story(scene, "small").happenings[-1]
+    assert moved.move is not None
+    assert (moved.what, moved.move.copied_bytes, "reports" in moved.why) == ("moved", 0, True)
+    scene.commit(order, copied_bytes=1_000_000, stopped_us=5_000)
+    moved = story(scene, "small").happenings[-1]
+    assert moved.move is not None
+    assert (moved.why, moved.move.copied_bytes, moved.move.stopped_s) == ("", 1_000_000, 0.005)
+
+
 def test_a_failed_move_is_told_with_its_reason() -> None:
     """The sequence stays where it is."""
     scene = Packed()

@@ -7,6 +7,7 @@ import pytest
 from mell_scheduler.core import (
     Command,
     LeadershipTaken,
+    MigrationPriced,
     MigrationSettled,
     OperatorAsked,
     StartMigration,
@@ -291,6 +292,21 @@ def test_the_targets_report_settles_a_move_whose_news_was_lost() -> None:
     assert scene.free("b") == 100
 
 
+def test_news_that_come_after_a_report_still_tell_the_cost() -> None:
+    """Once; and they change nothing else."""
+    scene = Packed()
+    order = scene.order()
+    scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
+    free = scene.free("a"), scene.free("b")
+    (priced,) = scene.commit(order, copied_bytes=1_000_000, stopped_us=5_000)
+    assert isinstance(priced, MigrationPriced)
+    told = priced.settled
+    assert (told.migration, told.outcome, told.reason) == (order.order.migration, "committed", "")
+    assert (told.copied_bytes, told.stopped_us, told.predicted_us) == (1_000_000, 5_000, order.predicted_us)
+    assert scene.commit(order, copied_bytes=1_000_000) == []
+    assert (scene.free("a"), scene.free("b")) == free
+
+
 def test_a_source_that_has_not_let_go_yet_takes_no_other_in_its_place() -> None:
     """The target's report says that it has moved; the copy at the source still takes its only seat."""
     scene = Packed(second_seats=1)
@@ -338,7 +354,7 @@ def test_a_source_that_leaves_in_order_has_let_go() -> None:
     scene = Packed()
     order = scene.order()
     assert settled(scene.leave("b")) == [("small", "committed")]
-    assert scene.commit(order) == []
+    assert settled(scene.commit(order)) == []
     scene.report("a", ("big", 1, 640, 40), ("small", 2, 161, 11))
     record = scene.core.ledger.sequences["small"]
     assert (record.worker.worker_id, record.generation) == ("a", 2)

@@ -59,6 +59,15 @@ def test_a_placement_lasts_until_its_answer(traced: Traced) -> None:
     assert (second.status.is_ok, second.status.description) == (False, "queue_full")
 
 
+def test_an_ask_that_is_delivered_twice_is_one_span(traced: Traced) -> None:
+    """A second one would never end."""
+    traced.ask()
+    traced.ask()
+    traced.traces.answered(Reply("h", "s", placed("w")))
+    traced.traces.ended()
+    assert [span.status.is_ok for span in traced.ended()] == [True]
+
+
 def test_a_move_is_in_the_trace_of_its_sequence_and_its_order_takes_that_along(traced: Traced) -> None:
     """Until it is settled; a move that failed is an error."""
     traced.ask()

@@ -39,6 +39,7 @@ from mell_scheduler.operators import Operators
 from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
+from mell_scheduler.pricing import Pricing
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_scheduler.tracing import SchedulerTraces
 from mell_shared.actor import Actor
@@ -55,6 +56,8 @@ from mell_shared.subjects import Subjects
 from mell_shared.tracing import NO_TRACER, Tracer
 
 _LOUD = ("lost", "silent", "refused")
+_NEWS_PATIENCE_US = 3_000_000
+"""After a report that a move is done: its target tells what it cost once it has a token, a step later."""
 
 
 class Contest(Protocol):
@@ -107,6 +110,7 @@ class SchedulerService:
         self._operators = Operators(settings, process, clock, self._tally, send=self._send, put=self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._traces = SchedulerTraces(tracer)
+        self._pricing = Pricing(_NEWS_PATIENCE_US)
         self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []
@@ -208,6 +212,9 @@ class SchedulerService:
         if core.ledger.plan_us != plan_us:
             self._epoch_seconds.observe(took_s)
             self._packing.look(core, now_us)
+        commands = self._pricing.take(commands, now_us)
+        if isinstance(event, LeadershipEnded):
+            commands += self._pricing.end()
         self.herald.tell(event, commands)
         for command in commands:
             await self._carry_out(command, event)

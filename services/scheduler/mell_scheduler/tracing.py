@@ -23,9 +23,11 @@ class SchedulerTraces:
         """Sequence -> the traceparent that it was placed with last."""
 
     def asked(self, event: Event) -> None:
-        """Begin the span of a placement."""
+        """Begin the span of a placement; what the broker delivers twice is one ask, and answered once."""
         if self._tracer.on and isinstance(event, PlaceRequested) and event.request.traceparent:
             request = event.request
+            if event.handle in self._asks:
+                return
             self._remember(request)
             attributes: Attributes = {
                 "mell.sequence": request.sequence,

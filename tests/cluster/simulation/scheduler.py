@@ -10,6 +10,7 @@ from mell_scheduler.core import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    MigrationPriced,
     MigrationSettled,
     PlaceRequested,
     Reply,
@@ -158,7 +159,7 @@ class SchedulerProcess(Process):
                 self._send(self._subjects.worker_commands(worker) if worker else self._subjects.all_workers, Report())
             case StartMigration():
                 self._order(command)
-            case Announce() | MigrationSettled() | WantGpus():
+            case Announce() | MigrationPriced() | MigrationSettled() | WantGpus():
                 pass
             case _:
                 assert_never(command)

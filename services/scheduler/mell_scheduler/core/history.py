@@ -1,7 +1,7 @@
 """What happened to each sequence, for operators who ask: a bounded memory that decides nothing."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mell_scheduler.core.values import MigrationSettled
@@ -67,6 +67,13 @@ class History:
             chronicle = self._known[sequence] = over or Chronicle(sequence)
         chronicle.add(page)
         return chronicle
+
+    def amend(self, settled: MigrationSettled) -> None:
+        """Replace what is known of how a move came out."""
+        chronicle = self.get(settled.sequence)
+        for number, page in enumerate(chronicle.pages if chronicle else ()):
+            if page.settled is not None and page.migration == settled.migration:
+                chronicle.pages[number] = replace(page, settled=settled, why=settled.reason)
 
     def close(self, sequence: str, page: Page) -> None:
         """Add the page that says that a sequence is known no more; a newer generation may open it again."""

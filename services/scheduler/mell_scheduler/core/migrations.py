@@ -1,11 +1,13 @@
 """Moves of an epoch: planned by the policy, divided between links and prefill, ordered, followed to their end."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from math import lcm
 
 from mell_scheduler.core.boundaries import Boundaries
 from mell_scheduler.core.ledger import Ledger
-from mell_scheduler.core.records import Migration, SequenceRecord
-from mell_scheduler.core.values import Command, CoreSettings, StartMigration
+from mell_scheduler.core.records import Migration, SequenceRecord, cost_of
+from mell_scheduler.core.values import Command, CoreSettings, MigrationSettled, StartMigration
 from mell_scheduler.policy.base import Move, Policy
 from mell_scheduler.policy.transfer import Candidate, Mode, Transfer, directed, divide
 from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, MigrationFailed
@@ -15,6 +17,7 @@ _ABOUT_THE_PAIR = ("unsupported", "unreachable", "link", "corrupt", "timeout")
 """Failures that the next sequence between the same two workers is likely to meet too."""
 _LONGEST_BACKOFF = 6
 """Doublings of a pair's rest: at most 64 epochs."""
+_MOST_UNPRICED = 1_000
 _REASONS: dict[str, MigrationReason] = {
     "OVERLOAD": "overload",
     "DRAIN": "drain",
@@ -34,6 +37,8 @@ class Migrations:
         self._boundaries = Boundaries(ledger, settings)
         self._resting: dict[tuple[str, str], tuple[int, int]] = {}
         """(source, target) -> failures in a row, and until when nothing is moved between them."""
+        self._unpriced: dict[str, MigrationSettled] = {}
+        """Moves that reports have settled and whose own news may still come, the latest last."""
         self._begun = 0
         self.term = 0
         self.paused = False
@@ -152,6 +157,26 @@ class Migrations:
         self._boundaries.observe(event)
         self._ledger.land(record, event.generation, now_us, event)
         return record.worker.spec.model
+
+    def await_price(self, settled: Iterable[MigrationSettled]) -> None:
+        """Remember those whose cost nobody has told yet."""
+        for outcome in settled:
+            if outcome.unpriced:
+                self._unpriced[outcome.migration] = outcome
+        while len(self._unpriced) > _MOST_UNPRICED:
+            del self._unpriced[next(iter(self._unpriced))]
+
+    def priced(self, event: MigrationCommitted) -> MigrationSettled | None:
+        """The outcome of a move that a report has settled, with what it cost; None if that was not missing."""
+        outcome = self._unpriced.get(event.migration)
+        if outcome is None or (outcome.sequence, outcome.target) != (event.sequence, event.worker):
+            return None
+        del self._unpriced[event.migration]
+        if event.worker in self._ledger.workers:
+            self._boundaries.observe(event)
+        settled = replace(outcome, reason="", **cost_of(event))
+        self._ledger.history.amend(settled)
+        return settled
 
     def failed(self, event: MigrationFailed, now_us: int) -> str | None:
         """The sequence stays; returns the model with more room, None if this is no news."""

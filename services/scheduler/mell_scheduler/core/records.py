@@ -60,12 +60,19 @@ class Migration:
             blocks=transfer.move.size_blocks,
             predicted_us=transfer.predicted_us,
             took_us=now_us - self.begun_us,
-            stopped_us=told.stopped_us if told else 0,
-            copied_bytes=told.copied_bytes if told else 0,
-            copy_us=told.copy_us if told else 0,
-            prefilled_tokens=told.prefilled_tokens if told else 0,
-            prefill_us=told.prefill_us if told else 0,
+            **(cost_of(told) if told else {}),
         )
+
+
+def cost_of(told: MigrationCommitted) -> dict[str, int]:
+    """Return what the news of a move tells of its cost, by the names of `MigrationSettled`."""
+    return {
+        "stopped_us": told.stopped_us,
+        "copied_bytes": told.copied_bytes,
+        "copy_us": told.copy_us,
+        "prefilled_tokens": told.prefilled_tokens,
+        "prefill_us": told.prefill_us,
+    }
 
 
 class SequenceRecord:

@@ -23,6 +23,7 @@ from mell_scheduler.core.values import (
     Event,
     LeadershipEnded,
     LeadershipTaken,
+    MigrationPriced,
     OperatorAsked,
     PlaceRequested,
     Reply,
@@ -115,12 +116,16 @@ class SchedulerCore:
                 self._liveness.pardon(now_us)
                 commands = [AskReport(None)]
         settled, self.ledger.settled = self.ledger.settled, []
+        self._migrations.await_price(settled)
         return [*settled, *self._operator.settle(settled), *commands] if settled else commands
 
     def _heard_of_moving(self, event: MigrationCommitted | MigrationFailed | LaneMeasured) -> list[Command]:
         """A move has come out, or could be told better."""
         match event:
             case MigrationCommitted():
+                priced = self._migrations.priced(event)
+                if priced is not None:
+                    return [MigrationPriced(priced)]
                 return self._serve_if(self._migrations.committed(event, self._now_us))
             case MigrationFailed():
                 return self._serve_if(self._migrations.failed(event, self._now_us))

@@ -209,6 +209,18 @@ class MigrationSettled:
     prefilled_tokens: int = 0
     prefill_us: int = 0
 
+    @property
+    def unpriced(self) -> bool:
+        """Committed, as reports say: the news of it, which tells what it cost, may still come."""
+        return self.outcome == "committed" and bool(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationPriced:
+    """The news of a move that was settled by a report before: the same outcome, now with its cost."""
+
+    settled: MigrationSettled
+
 
 @dataclass(frozen=True, slots=True)
 class WantGpus:
@@ -236,4 +248,6 @@ class OrderDrain:
     reply: DrainReply
 
 
-Command = Answer | OrderDrain | Reply | AskReport | Announce | StartMigration | MigrationSettled | WantGpus
+Command = (
+    Answer | OrderDrain | Reply | AskReport | Announce | StartMigration | MigrationSettled | MigrationPriced | WantGpus
+)
