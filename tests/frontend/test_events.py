@@ -191,7 +191,9 @@ async def test_who_waits_for_what_is_rare_hears_that_the_connection_lives_and_ho
     assert "data:" not in text
 
 
-@pytest.mark.parametrize("query", ["follow=maybe", "last=-1", "last=10001", "last=x", "after=1.5", f"after={2**70}"])
+@pytest.mark.parametrize(
+    "query", ["type=request.finish", "follow=maybe", "last=-1", "last=10001", "last=x", "after=1.5", f"after={2**70}"]
+)
 async def test_a_bad_question_is_told_what_is_wrong(told: Told, query: str) -> None:
     """Before anything is asked of the broker."""
     answer = await told.client.get(f"/admin/events?{query}")

@@ -9,9 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mell_frontend import live as live_module
 from mell_frontend.asgi import Message
-from mell_frontend.errors import ApiError
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import GenerationError
 from mell_frontend.live import LiveFeed
@@ -220,22 +218,6 @@ def test_one_that_reads_no_more_is_given_up() -> None:
 
 async def _never(_message: Message) -> None:
     await asyncio.Event().wait()
-
-
-def test_watchers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One too many is told so; when somebody has left there is room again."""
-    monkeypatch.setattr(live_module, "MOST_WATCHERS", 2)
-
-    async def play(scene: Scene) -> None:
-        first, _ = scene.watch(), scene.watch()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0.1)
-        with pytest.raises(ApiError, match="watch here already"):
-            scene.feed.check_room()
-        await first.leave()
-        scene.feed.check_room()
-
-    in_scene(play)
 
 
 def test_rows_and_figures() -> None:

@@ -152,7 +152,6 @@ class AdminApi:
 
     async def live(self, request: Request) -> Response:
         """Events `state` with all there is to see, and `trouble` while there is no state to be had."""
-        self._live.check_room()
         return _Watching(self._live, self._feed.write_timeout_s)
 
     async def drain(self, request: Request) -> Response:
@@ -231,7 +230,8 @@ class _Watching(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
         exchange = Exchange(receive, send, state["send"], state["record"], self._write_timeout_s)
-        await exchange.run(self._feed.watch(exchange))
+        with self._feed.seats.taken():
+            await exchange.run(self._feed.watch(exchange))
 
 
 def _moving(reply: AdminReply) -> bool:

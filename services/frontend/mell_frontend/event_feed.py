@@ -10,12 +10,16 @@ from fastapi import Request, Response
 from mell_frontend.asgi import Receive, Scope, Send
 from mell_frontend.errors import ApiError, bad_request
 from mell_frontend.exchange import Exchange
+from mell_frontend.seats import Seats
 from mell_frontend.sse import comment, error_event
+from mell_shared.events.data import EVENT_DATA
 from mell_shared.events.store import EventStore, EventStoreError, StoredEvent
 
 MOST_LAST = 10_000
 DEFAULT_LAST = 20
 _MOST_READERS = 32
+_FULL = f"{_MOST_READERS} read events here already: ask another frontend, or read the stream itself."
+_TYPES = tuple(kind.TYPE for kind in EVENT_DATA)
 _BATCH = 256
 _POLL_S = 0.5
 _QUIET_S = 5.0
@@ -38,7 +42,8 @@ class EventFeed:
     def __init__(self, store: EventStore | None, write_timeout_s: float) -> None:
         self._store = store
         self._write_timeout_s = write_timeout_s
-        self._readers = 0
+        self.seats = Seats(_MOST_READERS, _FULL)
+        """Of readers: one is held while `send` runs."""
         self._stopping = False
 
     def stop(self) -> None:
@@ -50,9 +55,6 @@ class EventFeed:
         wish = _read_wish(request)
         if self._store is None:
             raise ApiError(503, "This frontend has no events: it runs with MELL_EVENTS=off.", code="events_off")
-        if self._readers >= _MOST_READERS:
-            message = f"{_MOST_READERS} read events here already: ask another frontend, or read the stream itself."
-            raise ApiError(503, message, code="overloaded")
         try:
             after = max(0, await self._store.last_position() - wish.last) if wish.after is None else wish.after
         except EventStoreError as error:
@@ -61,15 +63,12 @@ class EventFeed:
 
     async def send(self, store: EventStore, wish: Wish, after: int, exchange: Exchange) -> None:
         """Send one reader's events to their end."""
-        self._readers += 1
         try:
             await exchange.start()
             await self._send_all(store, wish, after, exchange)
         except EventStoreError as error:
             fault = ApiError(503, f"The events cannot be read: {error}.", code="unavailable")
             await exchange.events(error_event(fault.body()), last=True)
-        finally:
-            self._readers -= 1
 
     async def _send_all(self, store: EventStore, wish: Wish, after: int, exchange: Exchange) -> None:
         loop = asyncio.get_running_loop()
@@ -109,7 +108,8 @@ class _Feed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
         exchange = Exchange(receive, send, state["send"], state["record"], self._feed.write_timeout_s)
-        await exchange.run(self._feed.send(self._store, self._wish, self._after, exchange))
+        with self._feed.seats.taken():
+            await exchange.run(self._feed.send(self._store, self._wish, self._after, exchange))
 
 
 def _position(after: int) -> str:
@@ -128,12 +128,18 @@ def _read_wish(request: Request) -> Wish:
     follow = query.get("follow", "false").lower()
     if follow not in ("true", "false", "1", "0"):
         raise bad_request("follow: must be true or false.", "follow", "invalid_value")
+    pattern = query.get("type", "*")
+    if not any(fnmatchcase(kind, pattern) for kind in _TYPES):
+        message = (
+            f"type: no event has a type like {pattern[:100]!r}. There are: {', '.join(_TYPES)}; worker.* is several."
+        )
+        raise bad_request(message, "type", "invalid_value")
     after = query.get("after", request.headers.get("last-event-id"))
     return Wish(
         last=_number(query.get("last", str(DEFAULT_LAST)), "last", MOST_LAST),
         after=None if after is None else _number(after, "after", 2**63 - 1),
         follow=follow in ("true", "1"),
-        pattern=query.get("type", "*"),
+        pattern=pattern,
     )
 
 

@@ -3,15 +3,16 @@
 import asyncio
 from dataclasses import dataclass
 
-from mell_frontend.errors import ApiError
 from mell_frontend.exchange import Exchange
 from mell_frontend.generation import Gateway, GenerationError
 from mell_frontend.pulse import Pulse
+from mell_frontend.seats import Seats
 from mell_shared.clock import Clock
 from mell_shared.messages.admin import NOWHERE, AdminRefused, Live, LiveRequest
 from mell_shared.messages.live import GpusLately, LiveRows, LiveState, LiveTrouble
 
 MOST_WATCHERS = 64
+_FULL = f"{MOST_WATCHERS} watch here already: close one, or ask another frontend."
 
 _STOPPING = "this frontend is stopping; watch another"
 _STRANGE = "the scheduler answers something else: is it of another release?"
@@ -38,26 +39,18 @@ class LiveFeed:
         self._event = LiveEvent(0, "")
         self._due_us = 0
         """No poll before."""
-        self._watchers = 0
-
-    def check_room(self) -> None:
-        """Raise `ApiError` (503) if nobody more may watch."""
-        if self._watchers >= MOST_WATCHERS:
-            raise ApiError(503, f"{MOST_WATCHERS} watch here already: close one, or ask another frontend.")
+        self.seats = Seats(MOST_WATCHERS, _FULL)
+        """Of watchers: one is held while `watch` runs."""
 
     async def watch(self, exchange: Exchange) -> None:
         """Send events until the client leaves, or this frontend stops."""
-        self._watchers += 1
-        try:
-            await exchange.start()
-            number = self._event.number if self._clock.now_us() >= self._due_us else 0
-            last = False
-            while not last:
-                event = await self._after(number)
-                number, last = event.number, event.last
-                await exchange.events(event.text, last=last)
-        finally:
-            self._watchers -= 1
+        await exchange.start()
+        number = self._event.number if self._clock.now_us() >= self._due_us else 0
+        last = False
+        while not last:
+            event = await self._after(number)
+            number, last = event.number, event.last
+            await exchange.events(event.text, last=last)
 
     async def _after(self, number: int) -> LiveEvent:
         """Return the latest event if it is after that number, else poll for it when its time has come."""
