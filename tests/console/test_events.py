@@ -43,6 +43,15 @@ def test_events_are_lines_and_a_hole_is_shown() -> None:
     ]
 
 
+def test_what_a_line_has_no_room_for_is_left_out_whole() -> None:
+    """And said to be; `--json` has it."""
+    facts = {f"fact{number}": 1_000_000 + number for number in range(20)}
+    event = enclosed(GpusWanted(model="m", gpus=1), "/mell/scheduler/s-1", 1, datetime(2026, 1, 2, tzinfo=UTC))
+    told = events_command.line_of(event.model_copy(update={"data": facts}))
+    assert "fact10=1000010 ... (s-1 1)" in told
+    assert "fact11" not in told
+
+
 def test_json_is_cloudevents_one_a_line() -> None:
     """For programs; the type that was asked for is passed on, and holes are theirs to see."""
     with answering(200, sent(3, 9)) as (url, seen):

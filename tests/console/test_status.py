@@ -2,10 +2,14 @@ import json
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from mell_console import narrow
+from mell_console.admin.words import saved
 from mell_console.cli import app
 from mell_console.get import GetError, get_json
+from mell_shared.messages.admin import GpuUse, Status
 from tests.console.answering import answering
 
 STATUS: dict[str, Any] = {
@@ -135,3 +139,36 @@ def test_only_http_is_asked() -> None:
     """A file URL is refused rather than read."""
     with pytest.raises(GetError, match="no http address"):
         get_json("file:///etc/passwd")
+
+
+def test_on_a_terminal_of_80_columns_every_row_is_a_line() -> None:
+    """With names that commands take, and whole ids of sequences; two workers of one name have their ids."""
+    sequence = f"chatcmpl-{'a' * 24}.0.0"
+    move = {"migration": "1-1", "sequence": sequence, "mode": "hybrid", "blocks": 3, "reason": "consolidate"}
+    ends = {"source": "worker-1-x", "target": "worker-2-x", "outcome": "committed", "took_s": 1.5, "ago_s": 30.0}
+    row = {"sequence": sequence, "request_id": "r" * 40, "state": "running", "worker": "worker-1-x", "tokens": 99_999}
+    full = Status.model_validate(STATUS | {"recent_moves": [move | ends], "sequences": [row]})
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(narrow.workers_table(full))
+        console.print(narrow.moves_table(full.recent_moves, narrow.names(full.workers)))
+        console.print(narrow.sequences_table(full))
+    lines = [" ".join(line.split()) for line in capture.get().splitlines()]
+    assert lines == [
+        "worker state KV blocks run wait moving step",
+        "worker-1 active 50/200 25% 3 1 12.3 ms",
+        "worker-2 silent 50/200 25% 3 1",
+        "move sequence from, to mode reason ago",
+        "committed aaaaaaaa…aaaa.0.0 worker-1 > worker-2 hybrid consolidate 30.0 s",
+        "sequence state worker tokens",
+        f"{sequence} running worker-1 99999",
+    ]
+    twins = [worker.model_copy(update={"name": "same"}) for worker in full.workers]
+    assert set(narrow.names(twins).values()) == {"worker-1-x", "worker-2-x"}
+
+
+@pytest.mark.parametrize(("used", "words"), [(75, "25% saved"), (100, "0% saved"), (127, "27% more than that")])
+def test_what_is_not_saved_is_not_called_so(used: int, words: str) -> None:
+    """Where more GPU-time was used than the other policy would have."""
+    use = GpuUse(since_s=9, up=1, used=1, up_gpu_s=9, used_gpu_s=used, shadow_policy="p", shadow=1, shadow_gpu_s=100)
+    assert saved(use) == words

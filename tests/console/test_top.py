@@ -99,7 +99,8 @@ def test_a_frame_has_the_figures_of_the_page() -> None:
         migration="m", sequence="s2", source="a-1234", target="b-1234", mode="kv", reason="consolidate", blocks=10,
         outcome="committed", copied_bytes=3 * 2**20, copy_s=0.1, took_s=0.2, stopped_s=0.03, ago_s=4,
     )  # fmt: skip
-    text = shown(live(worker("a", used=50), worker("b", "standby"), rows=ROWS, recent_moves=(move,), moves_paused=True))
+    state = live(worker("a", used=50), worker("b", "standby"), rows=ROWS, recent_moves=(move,), moves_paused=True)
+    text = shown(state, width=170)
     for words in (
         "GPUs 2 of 3 in use", "1.00 GPU-hours", "worst-fit 3, 1.33 GPU-hours: 25% saved", "paused",
         "1 active, 1 standby", "tokens/s 1,234", "first token 50 ms, 99% 200 ms", "waiting 1", "KV 25% 50 MiB",
@@ -119,6 +120,18 @@ def test_a_frame_fits_a_terminal_and_says_what_it_leaves_out() -> None:
     assert all(f"w{number}" in text for number in range(30, 40))
     assert "w29" not in text
     assert "more workers" in text
+
+
+def test_a_frame_with_moves_fits_a_terminal_of_80_columns() -> None:
+    """Each worker and each move is a line, also where head lines are broken."""
+    move = MoveStatus(
+        migration="m", sequence=f"chatcmpl-{'a' * 24}.0.0", source="w01-1234", target="w02-1234", mode="hybrid",
+        reason="consolidate", blocks=10, outcome="committed", copied_bytes=3 * 2**20, copy_s=0.1, took_s=0.2, ago_s=4,
+    )  # fmt: skip
+    workers = [worker(f"w{number:02}") for number in range(40)]
+    text = shown(live(*workers, recent_moves=(move,) * 10), width=80, height=24)
+    assert len(text.splitlines()) <= 24
+    assert text.count("w01 > w02  hybrid  consolidate  4.0 s") >= 3
 
 
 def test_workers_are_in_the_order_of_their_numbers() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -232,10 +233,7 @@ def test_names_are_text_whatever_they_hold(context: BrowserContext, client: http
          "blocks": 1, "outcome": "failed", "why": evil, "predicted_s": 0, "took_s": 0, "ago_s": 0, "stopped_s": 0,
          "copied_bytes": 0, "copy_s": 0, "prefilled_tokens": 0, "prefill_s": 0}
     ]  # fmt: skip
-    page = context.new_page()
-    body = f"event: state\ndata: {json.dumps(state)}\n\n"
-    page.route("**/admin/live", lambda route: route.fulfill(content_type="text/event-stream", body=body))
-    page.goto("/dashboard")
+    page = shown(context, state)
     expect(page.locator(".gpu .name").first).to_have_text(evil)
     page.locator(".gpu").first.click()
     expect(page.locator("#moves")).to_contain_text(evil)
@@ -243,12 +241,67 @@ def test_names_are_text_whatever_they_hold(context: BrowserContext, client: http
     assert "taken" not in page.title()
 
 
-def live_state(client: httpx.Client) -> dict[str, object]:
+def test_requests_have_the_tone_of_their_class(context: BrowserContext, client: httpx.Client) -> None:
+    """By the share of their GPU, in the hue of its model: up to a quarter, a third, a half, more; with a legend."""
+    state = live_state(client)
+    state["status"]["workers"][0].update(kv_blocks=1_200, used_blocks=1_081)
+    blocks = [100, 400, 581]
+    state["rows"] = {
+        "sequence": ["t", "s", "m"], "worker": [0] * 3, "target": [-1] * 3, "tokens": [9] * 3, "blocks": blocks,
+        "state": [0] * 3,
+    }  # fmt: skip
+    page = shown(context, state)
+    expect(page.locator("#keys [data-size]")).to_have_count(4)
+    tones = page.locator("#keys [data-size]").evaluate_all("all => all.map(one => one.style.background)")
+    assert len(set(tones)) == 4
+    box = page.locator(".gpu .bar").first.bounding_box()
+    assert box is not None
+    y = box["y"] + box["height"] / 2
+    for end, size, tone, name in zip((100, 500, 1_081), blocks, tones, "TSM", strict=False):
+        x = box["x"] + box["width"] * (end - size / 2) / 1_200
+        page.mouse.move(x, y)
+        expect(page.locator("#tip")).to_contain_text(f"class {name}")
+        page.wait_for_function(HAS_COLOUR, arg=[x, y, tone])
+
+
+HAS_COLOUR = """([x, y, wanted]) => {
+  const canvas = document.getElementById("canvas"), box = canvas.getBoundingClientRect();
+  const ratio = canvas.width / box.width, pen = canvas.getContext("2d");
+  const [red, green, blue] = pen.getImageData((x - box.x) * ratio, (y - box.y) * ratio, 1, 1).data;
+  return `rgb(${red}, ${green}, ${blue})` === wanted;
+}"""
+"""Whether that is what is drawn at a place of the window."""
+
+
+def test_more_than_the_other_policy_would_use_is_not_called_saved(
+    context: BrowserContext, client: httpx.Client
+) -> None:
+    """The share is negative, and not in the colour of good news."""
+    state = live_state(client)
+    state["status"]["gpu_use"].update(used_gpu_s=127, shadow_gpu_s=100, shadow_policy="worst-fit")
+    page = shown(context, state)
+    expect(page.locator("#saved")).to_have_text("\N{MINUS SIGN}27%")
+    expect(page.locator(".value", has=page.locator("#saved"))).not_to_have_class(re.compile("good"))
+    state["status"]["gpu_use"].update(used_gpu_s=75)
+    expect(shown(context, state).locator(".value.good #saved")).to_have_text("25%")
+
+
+def shown(context: BrowserContext, state: dict[str, Any]) -> Page:
+    """A page that has been told this state, and in which nothing slides."""
+    page = context.new_page()
+    page.emulate_media(reduced_motion="reduce")
+    body = f"event: state\ndata: {json.dumps(state)}\n\n"
+    page.route("**/admin/live", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.goto("/dashboard")
+    return page
+
+
+def live_state(client: httpx.Client) -> dict[str, Any]:
     """The first state of the feed."""
     with client.stream("GET", "/admin/live", headers={"authorization": f"Bearer {KEY}"}) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
-                state: dict[str, object] = json.loads(line.removeprefix("data: "))
+                state: dict[str, Any] = json.loads(line.removeprefix("data: "))
                 return state
     raise AssertionError("the feed ended without a state")
 

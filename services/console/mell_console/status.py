@@ -5,15 +5,14 @@ from collections.abc import Iterable
 from rich.markup import escape
 from rich.table import Table
 
+from mell_console import narrow
 from mell_console.admin.ask import DONE, Frontend, console, print_json
-from mell_console.admin.words import cost, hours, saving, span
-from mell_shared.messages.admin import STATUS, GpuUse, MoveStatus, Status, WorkerStatus
+from mell_console.admin.words import cost, hours, kv_use, moving, saved, span
+from mell_console.styles import OUTCOME_STYLES, STATE_STYLES
+from mell_shared.messages.admin import STATUS, GpuUse, MoveStatus, Status
 
 MOST_RECENT = 20
 """Moves shown that are over."""
-
-STATE_STYLES = {"active": "green", "standby": "dim", "draining": "yellow", "drained": "cyan", "silent": "red"}
-_OUTCOME_STYLES = {"moving": "yellow", "committed": "green", "failed": "red", "timeout": "red", "ended": "dim"}
 
 
 def run(frontend: Frontend, *, requests: bool, as_json: bool) -> int:
@@ -27,11 +26,13 @@ def run(frontend: Frontend, *, requests: bool, as_json: bool) -> int:
     out.print(models_line(status), soft_wrap=True)
     if status.gpu_use is not None:
         out.print(gpus_line(status.gpu_use), soft_wrap=True)
-    out.print(workers_table(status))
-    if status.moves or status.recent_moves:
-        out.print("", moves_table([*status.moves, *status.recent_moves[:MOST_RECENT]]), sep="\n")
+    tight, tight_moves = out.width < narrow.BELOW, out.width < narrow.MOVES_BELOW
+    out.print(narrow.workers_table(status) if tight else workers_table(status))
+    if moves := [*status.moves, *status.recent_moves[:MOST_RECENT]]:
+        called = narrow.names(status.workers)
+        out.print("", narrow.moves_table(moves, called) if tight_moves else moves_table(moves), sep="\n")
     if requests:
-        out.print("", sequences_table(status), sep="\n")
+        out.print("", narrow.sequences_table(status) if tight else sequences_table(status), sep="\n")
         if status.sequences_left_out:
             out.print(f"and {status.sequences_left_out} more")
     return DONE
@@ -59,8 +60,7 @@ def gpus_line(use: GpuUse) -> str:
     line = f"GPUs: {use.used} of {use.up} in use, {hours(use.used_gpu_s)} used in {span(use.since_s)}"
     if not use.shadow_policy or not use.shadow_gpu_s:
         return line
-    saved = saving(use)
-    return f"{line}; {use.shadow_policy}: {use.shadow} and {hours(use.shadow_gpu_s)}, {saved:.0%} saved"
+    return f"{line}; {use.shadow_policy}: {use.shadow} and {hours(use.shadow_gpu_s)}, {saved(use)}"
 
 
 def workers_table(status: Status) -> Table:
@@ -87,7 +87,7 @@ def moves_table(moves: Iterable[MoveStatus]) -> Table:
     """Return a row for each move, those under way first."""
     table = Table("move", "sequence", "from", "to", "mode", "reason", "cost", "ago", box=None)
     for move in moves:
-        style = _OUTCOME_STYLES[move.outcome]
+        style = OUTCOME_STYLES[move.outcome]
         why = f": {escape(move.why)}" if move.why and move.outcome != "committed" else ""
         ago = span(move.ago_s) if move.outcome != "moving" else ""
         table.add_row(
@@ -112,14 +112,3 @@ def sequences_table(status: Status) -> Table:
         names = map(escape, (row.sequence, row.request_id, row.state, where))
         table.add_row(*names, tokens, blocks, str(row.moves))
     return table
-
-
-def moving(worker: WorkerStatus) -> str:
-    """Return how many sequences are leaving and coming."""
-    parts = [f"-{worker.leaving}"] if worker.leaving else []
-    return " ".join([*parts, f"+{worker.coming}"] if worker.coming else parts)
-
-
-def kv_use(worker: WorkerStatus) -> str:
-    """Return the KV blocks used, all there are, and the share."""
-    return f"{worker.used_blocks}/{worker.kv_blocks} {worker.used_blocks / worker.kv_blocks:.0%}"

@@ -60,6 +60,8 @@ def undrain(frontend: Frontend, worker: str, *, as_json: bool) -> int:
 def headline(reply: DrainReply) -> str:
     """Return in one line what happens, or would."""
     count = len(reply.sequences)
+    if not count:
+        return f"{escape(reply.worker)} {'would take' if reply.dry_run else 'takes'} nothing new, and holds nothing"
     what = "would be drained" if reply.dry_run else "takes nothing new and is being emptied"
     end = ""
     if reply.deadline_s is not None:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -67,10 +67,20 @@ def line_of(event: CloudEvent) -> str:
     """Return an event as one line."""
     process = event.source.rpartition("/")[2]
     about = event.subject or ""
-    facts = " ".join(f"{name}={_fact(value)}" for name, value in event.data.items() if value not in ("", about))
+    facts = _facts(f"{name}={_fact(value)}" for name, value in event.data.items() if value not in ("", about))
     clock = event.time.astimezone().strftime("%H:%M:%S.%f")[:-3]
     what = f"[bold]{event.type}[/bold] {escape(about)}"
-    return f"{clock} {what} [dim]{escape(facts[:_SHOWN])} ({process} {event.number})[/dim]"
+    return f"{clock} {what} [dim]{escape(facts)} ({process} {event.number})[/dim]"
+
+
+def _facts(facts: Iterable[str]) -> str:
+    """Return as many facts as a line has room for, each whole."""
+    line = ""
+    for fact in facts:
+        if len(line) + len(fact) >= _SHOWN:
+            return f"{line} ..."
+        line += f" {fact}" if line else fact
+    return line
 
 
 def _fact(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import re
 
-from mell_shared.messages.admin import GpuUse, MoveStatus
+from mell_shared.messages.admin import GpuUse, MoveStatus, WorkerStatus
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)")
@@ -45,6 +45,23 @@ def hours(gpu_s: float) -> str:
 def saving(use: GpuUse) -> float:
     """Return the share of GPU-time saved against the policy compared with; negative where it would need less."""
     return 1 - use.used_gpu_s / use.shadow_gpu_s if use.shadow_gpu_s else 0.0
+
+
+def saved(use: GpuUse) -> str:
+    """Return the share saved in words, also where it is none."""
+    percent = round(100 * saving(use))
+    return f"{percent}% saved" if percent >= 0 else f"{-percent}% more than that"
+
+
+def moving(worker: WorkerStatus) -> str:
+    """Return how many sequences are leaving and coming."""
+    parts = [f"-{worker.leaving}"] if worker.leaving else []
+    return " ".join([*parts, f"+{worker.coming}"] if worker.coming else parts)
+
+
+def kv_use(worker: WorkerStatus) -> str:
+    """Return the KV blocks used, all there are, and the share."""
+    return f"{worker.used_blocks}/{worker.kv_blocks} {worker.used_blocks / worker.kv_blocks:.0%}"
 
 
 def cost(move: MoveStatus) -> str:

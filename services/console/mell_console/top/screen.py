@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mell_console.admin.words import hours, saving, size, span
-from mell_console.status import MOST_RECENT, STATE_STYLES, moves_table, moving
+from mell_console import narrow
+from mell_console.admin.words import hours, moving, saved, saving, size, span
+from mell_console.status import MOST_RECENT, moves_table
+from mell_console.styles import STATE_STYLES
 from mell_shared.messages.admin import SEQUENCE_STATES, MoveStatus, WorkerStatus
 from mell_shared.messages.live import LiveState
 
@@ -26,24 +28,30 @@ _STANDINGS: tuple[Literal["active", "draining", "standby", "drained", "silent"],
 _LONGEST_BAR = 100
 _FIXED_COLUMNS = 60
 """Of a row of the table, without its bar."""
+_LONGEST_WORD = 16
 
 
 def frame(state: LiveState, width: int, height: int | None, trouble: str = "") -> RenderableType:
     """Return all there is to see, in `width` columns and `height` lines (None: as many as it takes)."""
-    head: list[RenderableType] = [headline(state), figures(state)]
+    head = [headline(state), figures(state)]
     if trouble:
         head.insert(0, f"[red]{escape(trouble)}[/red]")
     moves: list[MoveStatus] = [*state.status.moves, *state.status.recent_moves][:MOST_RECENT]
     rows = sorted(enumerate(state.status.workers), key=lambda row: _order(row[1]))
     if height is not None:
-        room = max(3, height - len(head) - 5)
+        room = max(3, height - sum(_lines(part, width) for part in head) - 5)
         moves = moves[: max(0, min(8, room - min(len(rows), room * 2 // 3) - 2))]
         rows = rows[: room - (len(moves) + 2 if moves else 0)]
-    parts = [*head, "", workers_table(state, rows, min(_LONGEST_BAR, max(10, width - _FIXED_COLUMNS)))]
+    parts: list[RenderableType] = [
+        *head,
+        "",
+        workers_table(state, rows, min(_LONGEST_BAR, max(10, width - _FIXED_COLUMNS))),
+    ]
     if len(rows) < len(state.status.workers):
         parts.append(f"and {len(state.status.workers) - len(rows)} more workers")
     if moves:
-        parts += ["", moves_table(moves)]
+        called = narrow.names(state.status.workers)
+        parts += ["", narrow.moves_table(moves, called) if width < narrow.MOVES_BELOW else moves_table(moves)]
     return Group(*parts)
 
 
@@ -57,7 +65,7 @@ def headline(state: LiveState) -> str:
     head += f"  GPUs [bold]{use.used}[/bold] of {use.up} in use, {hours(use.used_gpu_s)}"
     if use.shadow_policy and use.shadow_gpu_s:
         head += f"; {escape(use.shadow_policy)} {use.shadow}, {hours(use.shadow_gpu_s)}: "
-        head += f"[green]{saving(use):.0%} saved[/green]"
+        head += f"[{'green' if saving(use) >= 0 else 'yellow'}]{saved(use)}[/]"
     return head
 
 
@@ -116,6 +124,11 @@ def bar(state: LiveState, worker: WorkerStatus, held: list[int], hue: str, width
     used = round(min(width, worker.used_blocks * scale))
     text.append(_MARKS["other"] * (used - len(text)), "dim")
     return text.append(_MARKS["free"] * (width - len(text)), "dim")
+
+
+def _lines(markup: str, width: int) -> int:
+    """Return how many lines a paragraph takes, or one more: words are not broken up."""
+    return -(-Text.from_markup(markup).cell_len // max(1, width - _LONGEST_WORD))
 
 
 def _order(worker: WorkerStatus) -> tuple[bool, list[tuple[int, str]]]:

@@ -6,9 +6,9 @@ import { byId, keep, make, say, toast } from "./dom.js";
 import { Fleet } from "./fleet.js";
 import { loadText } from "./flights.js";
 import { bytes, count, gpuHours, percent, plural, short, span } from "./format.js";
-import { Cluster } from "./model.js";
+import { CLASSES, Cluster } from "./model.js";
 import { Panel } from "./panel.js";
-import { onTheme } from "./theme.js";
+import { onTheme, theme } from "./theme.js";
 
 const HIDDEN_MS = 30_000;
 const MOST_MOVES = 30;
@@ -100,7 +100,8 @@ function showUse(use, lately) {
   if (!use) return;
   const compared = Boolean(use.shadow_policy) && use.shadow_gpu_s > 0;
   const saved = compared ? 1 - use.used_gpu_s / use.shadow_gpu_s : 0;
-  say(byId("saved"), compared ? percent(saved) : "–");
+  say(byId("saved"), compared ? percent(saved).replace("-", "−") : "–");
+  byId("saved").parentElement.classList.toggle("good", !compared || Math.round(100 * saved) >= 0);
   say(byId("saved-of"), compared ? `of ${use.shadow_policy}'s GPU-time` : "");
   const against = compared ? `, ${use.shadow_policy} ${gpuHours(use.shadow_gpu_s)}` : ", compared with nothing";
   say(byId("hours"), `${gpuHours(use.used_gpu_s)} used${against}`);
@@ -116,13 +117,26 @@ function showKeys() {
   if (keys.dataset.models === wanted) return;
   keys.dataset.models = wanted;
   const models = cluster.models.map((model) => {
-    const swatch = make("i", { className: "swatch" });
-    swatch.style.background = `var(--model-${cluster.hue(model)})`;
-    return make("span", {}, swatch, model);
+    return make("span", {}, make("i", { className: "swatch" }), model);
   });
+  const tones = CLASSES.map((size) => {
+    const swatch = make("i", { className: "swatch" });
+    swatch.dataset.size = size;
+    return swatch;
+  });
+  const sizes = make("span", { title: "Tones: the share of its GPU that a request takes (classes T, S, M, L)" }, ...tones, "up to ¼, ⅓, ½ of a GPU, more");
   const states = { placed: "placed, not yet reported", moving: "moving", other: "held for others" };
   const kinds = Object.entries(states).map(([state, text]) => make("span", {}, make("i", { className: `swatch ${state}` }), text));
-  keys.replaceChildren(...models, ...kinds);
+  keys.replaceChildren(...models, sizes, ...kinds);
+  paintKeys();
+}
+
+// The tones of the first model stand for those of all.
+function paintKeys() {
+  for (const swatch of byId("keys").querySelectorAll("[data-size]")) swatch.style.background = theme.models[0][swatch.dataset.size];
+  cluster.models.forEach((model, index) => {
+    byId("keys").children[index].firstElementChild.style.background = theme.models[cluster.hue(model)].T;
+  });
 }
 
 function showMoves() {
@@ -190,6 +204,7 @@ document.addEventListener("visibilitychange", () => {
 });
 new ResizeObserver(showCharts).observe(byId("main"));
 onTheme(() => {
+  paintKeys();
   showCharts();
   fleet.draw();
 });

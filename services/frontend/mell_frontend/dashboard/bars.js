@@ -1,4 +1,5 @@
-// What each GPU holds, as segments of its bar that grow, shrink and slide to their places.
+// What each GPU holds, as segments of its bar that grow, shrink and slide to their places: the hue is the model's, the
+// tone the request's class.
 
 import { theme } from "./theme.js";
 
@@ -68,21 +69,20 @@ export class Bars {
   }
 
   bar(pen, gpu, slot, part, hatch) {
-    const colour = theme.models[gpu.hue];
+    const tones = theme.models[gpu.hue];
     const { x: left, y: top, width: length, height } = slot;
-    pen.fillStyle = colour;
     for (const one of gpu.shapes.values()) {
       const x = left + length * (one.x0 + (one.x1 - one.x0) * part);
       const width = length * (one.w0 + (one.w1 - one.w0) * part);
       if (width < 0.2) continue;
-      const { state } = one.segment;
+      const { state, size } = one.segment;
       const shown = width > 3 ? width - 1 : width > 1.5 ? width - 0.5 : width;
       pen.globalAlpha = (one.dying ? 1 - part : 1) * (state === "placed" ? 0.45 : gpu.quiet ? 0.4 : 1);
+      pen.fillStyle = tones[size];
       pen.fillRect(x, top, shown, height);
       if (state === "moving" && !one.dying) {
         pen.fillStyle = hatch;
         pen.fillRect(x, top, shown, height);
-        pen.fillStyle = colour;
       }
     }
     const end = left + length * gpu.end;
@@ -91,7 +91,7 @@ export class Bars {
     if (gpu.other > 0.004) pen.fillRect(end, top, length * Math.min(gpu.other, 1 - gpu.end), height);
     if (gpu.coming > 0) {
       pen.globalAlpha = 1;
-      pen.strokeStyle = colour;
+      pen.strokeStyle = tones.T;
       pen.lineWidth = 1.5;
       pen.setLineDash([3, 3]);
       const width = Math.max(3, length * Math.min(gpu.coming, 1 - gpu.end) - 1.5);

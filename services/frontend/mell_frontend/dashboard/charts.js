@@ -29,7 +29,7 @@ function trace(pen, path) {
   path.forEach(([x, y], index) => (index ? pen.lineTo(x, y) : pen.moveTo(x, y)));
 }
 
-// GPUs in use as a filled step line, the shadow's as a dashed one, and what lies between as the saving.
+// GPUs in use as a filled step line, the shadow's as a dashed one, and what lies below that one as the saving.
 export function timeline(canvas, lately) {
   const { pen, width, height } = prepare(canvas);
   const left = 26, bottom = height - 16, top = 8, right = width - 4;
@@ -56,7 +56,8 @@ export function timeline(canvas, lately) {
   if (!lately.used.length) return;
   const used = steps(lately.used, x, y), shadow = steps(lately.shadow, x, y);
   if (shadow.length === used.length) {
-    trace(pen, [...shadow, ...used.slice().reverse()]);
+    const upper = steps(lately.used.map((value, index) => Math.max(value, lately.shadow[index])), x, y);
+    trace(pen, [...upper, ...used.slice().reverse()]);
     pen.fillStyle = theme.goodSoft;
     pen.fill();
   }

@@ -98,7 +98,8 @@ export class Fleet {
       this.flew = now;
       const pen = this.clear(this.sky), stage = this.stage.getBoundingClientRect();
       pen.translate(stage.x, stage.y);
-      this.flying = this.flights.draw(pen, this.slots, now, still);
+      const edges = [-stage.x, document.documentElement.clientWidth - stage.x];
+      this.flying = this.flights.draw(pen, this.slots, now, still, edges);
     }
     if (still && this.flying) this.later ||= setTimeout(() => ((this.later = 0), this.next()), 500);
     else if (this.sliding || this.flying) this.next();
@@ -127,7 +128,7 @@ export class Fleet {
     this.tip.hidden = !segment;
     if (!segment) return;
     const where = segment.target ? ` to ${this.cluster.gpus.get(segment.target)?.name ?? segment.target}` : "";
-    say(this.tip, `${short(segment.sequence)}\n${segment.state}${where}, ${plural(segment.tokens, "token")}, ${plural(segment.blocks, "KV block")}`);
+    say(this.tip, `${short(segment.sequence)}\n${segment.state}${where}, class ${segment.size}, ${plural(segment.tokens, "token")}, ${plural(segment.blocks, "KV block")}`);
     this.tip.style.left = `${Math.min(event.clientX + 12, innerWidth - this.tip.offsetWidth - 8)}px`;
     this.tip.style.top = `${event.clientY + 16}px`;
   }

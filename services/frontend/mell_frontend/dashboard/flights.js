@@ -44,8 +44,8 @@ export class Flights {
     }
   }
 
-  // Returns whether any is still to be seen.
-  draw(pen, slots, now, still) {
+  // Returns whether any is still to be seen. Labels stay between the edges, left and right.
+  draw(pen, slots, now, still, edges) {
     let labels = 0;
     const linger_ms = this.flying.size > MOST_LABELS ? LINGER_MS / 2 : LINGER_MS;
     for (const [name, flight] of this.flying) {
@@ -58,7 +58,7 @@ export class Flights {
       const path = curve(source, target, flight);
       const ink = flight.ended && now > flight.ended ? Math.max(0, 1 - (now - flight.ended) / linger_ms) : 1;
       line(pen, path, flight, ink, now, still);
-      if (labels < MOST_LABELS) label(pen, on(path, PLACES[labels % PLACES.length]), flight, ink);
+      if (labels < MOST_LABELS) label(pen, on(path, PLACES[labels % PLACES.length]), flight, ink, edges);
       labels += 1;
     }
     pen.globalAlpha = 1;
@@ -116,10 +116,11 @@ function dot(pen, path, part) {
   pen.stroke();
 }
 
-function label(pen, [x, y], flight, ink) {
+function label(pen, [middle, y], flight, ink, [left, right]) {
   pen.globalAlpha = ink;
   pen.font = "600 12px system-ui, sans-serif";
   const { width } = pen.measureText(flight.text);
+  const x = Math.max(left + width / 2 + 10, Math.min(middle, right - width / 2 - 10));
   pen.fillStyle = theme.card;
   pen.strokeStyle = theme.accent;
   pen.lineWidth = 1;

@@ -2,6 +2,13 @@
 
 const STATES = ["running", "placed", "moving", "waiting"];
 
+// The paper's classes of sizes, by the share of a GPU that a request takes: up to a quarter, a third, a half, more.
+export const CLASSES = ["T", "S", "M", "L"];
+
+export function classOf(blocks, capacity) {
+  return CLASSES[(4 * blocks > capacity) + (3 * blocks > capacity) + (2 * blocks > capacity)];
+}
+
 function naturally(one, other) {
   return one.name.localeCompare(other.name, "en", { numeric: true }) || (one.worker < other.worker ? -1 : 1);
 }
@@ -38,7 +45,7 @@ export class Cluster {
       if (!gpu) return;
       const segment = {
         sequence, blocks: rows.blocks[row], tokens: rows.tokens[row], state: STATES[rows.state[row]],
-        target: gpus[rows.target[row]]?.worker ?? "",
+        target: gpus[rows.target[row]]?.worker ?? "", size: classOf(rows.blocks[row], gpu.kv_blocks),
       };
       gpu.segments.push(segment);
       gpu.held += segment.blocks;

@@ -12,7 +12,20 @@ function read() {
     theme[name] = colour(name);
   }
   theme.goodSoft = colour("good-soft");
-  theme.models = Array.from({ length: 8 }, (_, index) => colour(`model-${index}`));
+  // A hue for each model, and its tones for the classes of sizes: the larger, the nearer to that of text.
+  theme.models = Array.from({ length: 8 }, (_, index) => {
+    const hue = colour(`model-${index}`);
+    return { T: hue, S: mix(hue, theme.text, 0.2), M: mix(hue, theme.text, 0.4), L: mix(hue, theme.text, 0.6) };
+  });
+}
+
+// Two colours as #rgb or #rrggbb, and how much of the second one.
+function mix(one, other, part) {
+  const [from, to] = [one, other].map((colour) => {
+    const digits = colour.length === 4 ? colour.replace(/[^#]/g, "$&$&") : colour;
+    return [1, 3, 5].map((at) => parseInt(digits.slice(at, at + 2), 16));
+  });
+  return `rgb(${from.map((value, index) => Math.round(value + (to[index] - value) * part)).join(" ")})`;
 }
 
 export function onTheme(redraw) {
