@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,35 @@ def test_completion_is_installed_for_the_shell_in_use(
     assert "completion installed" in text
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert any("_MELL_COMPLETE" in content for content in written)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_any_shell(shell: str) -> None:
+    """For images and scripts, where no shell is to be seen; others are refused."""
+    code, text = run("completion", shell)
+    assert code == 0
+    assert f"_MELL_COMPLETE=complete_{shell}" in text
+    assert run("completion", "tcsh")[0] == 2
+
+
+def test_a_bash_takes_the_script_and_offers_commands(tmp_path: Path) -> None:
+    """A real one, with a `mell` in its path."""
+    mell = tmp_path / "mell"
+    mell.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mell_console "$@"\n')
+    mell.chmod(0o755)
+    script = """
+        source <(mell completion bash)
+        complete -p mell > /dev/null
+        COMP_WORDS=(mell sim) COMP_CWORD=1
+        _mell_completion mell
+        echo "offered: ${COMPREPLY[*]}"
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "offered: simulate"
 
 
 def complete(words: str, url: str) -> list[str]:

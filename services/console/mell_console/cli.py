@@ -276,6 +276,23 @@ def path(name: Annotated[str, typer.Argument(help="A model's name, as given to p
     raise typer.Exit(load("mell_console.model", "gpu-worker").path(name))
 
 
+class Shell(StrEnum):
+    """Shells that can complete."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+@app.command()
+def completion(shell: Annotated[Shell, typer.Argument(help="Whose script.")]) -> None:
+    """Print what completes `mell` in a shell: `source <(mell completion bash)`, or put it where the shell looks."""
+    from typer.completion import get_completion_script  # noqa: PLC0415 - keeps `mell --help` quick
+
+    script = get_completion_script(prog_name="mell", complete_var="_MELL_COMPLETE", shell=shell.value)
+    sys.stdout.write(f"{script}\n")
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -292,7 +309,7 @@ def _serve(package: str, extra: str, arguments: list[str]) -> None:
 def main() -> None:
     """Run the command line; a missing extra is one line and exit code 1."""
     try:
-        app()
+        app(prog_name="mell")
     except MissingExtraError as error:
         sys.stderr.write(f"mell: {error}\n")
         raise SystemExit(1) from error
