@@ -36,7 +36,7 @@ def test_limits_are_the_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "given", "seen"), [("1..4", None, "120"), ("1..4", "9", "9"), ("4", None, None), ("4", "9", "9")]
+    ("workers", "given", "seen"), [("1..4", None, "0"), ("1..4", "9", "9"), ("4", None, None), ("4", "9", "9")]
 )
 def test_a_line_may_be_longer_where_workers_come_on_demand(workers: str, given: str | None, seen: str | None) -> None:
     """The scheduler's bound on waiting is raised, unless the user has set it."""

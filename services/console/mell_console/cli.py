@@ -287,7 +287,7 @@ class Shell(StrEnum):
 @app.command()
 def completion(shell: Annotated[Shell, typer.Argument(help="Whose script.")]) -> None:
     """Print what completes `mell` in a shell: `source <(mell completion bash)`, or put it where the shell looks."""
-    from typer.completion import get_completion_script  # noqa: PLC0415 - keeps `mell --help` quick
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # noqa: PLC0415 - as below
 
     script = get_completion_script(prog_name="mell", complete_var="_MELL_COMPLETE", shell=shell.value)
     sys.stdout.write(f"{script}\n")

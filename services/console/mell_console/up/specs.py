@@ -10,8 +10,8 @@ from mell_console.up.settings import UpSettings
 _STREAMS_SHARE = 0.6
 """Of the time a service has to stop, for streams that still run; the rest is for ending them and itself."""
 
-_SCALED_QUEUE_WAIT_S = "120"
-"""Where workers are started on demand: the pace of a line says nothing of those that are on their way."""
+_SCALED_QUEUE_WAIT_S = "0"
+"""No bound where workers are started on demand: the pace of a line says nothing of those that are on their way."""
 
 _OF_ONE_PROCESS = {"MELL_METRICS_PORT", "MELL_DATA_PORT", "MELL_LOG_FORMAT"}
 """Variables that must not reach every child alike."""
