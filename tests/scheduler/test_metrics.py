@@ -30,8 +30,10 @@ def test_moves_are_counted_by_mode_cause_and_outcome_and_costs_by_mode() -> None
     metrics.settled(move())
     metrics.settled(move(stopped_us=0, predicted_us=0))
     metrics.settled(move(outcome="failed", cause="overload", mode="tokens"))
+    metrics.settled(move(outcome="failed", reason="busy: 8 sequences are being moved from here already"))
     value = registry.get_sample_value
     assert value("mell_moves_total", {"mode": "kv", "cause": "drain", "outcome": "committed"}) == 2
+    assert value("mell_moves_total", {"mode": "kv", "cause": "drain", "outcome": "busy"}) == 1
     assert value("mell_moves_total", {"mode": "tokens", "cause": "overload", "outcome": "failed"}) == 1
     kv = {"mode": "kv"}
     assert value("mell_move_copied_bytes_total", kv) == 2_000

@@ -71,7 +71,9 @@ class History:
     def amend(self, settled: MigrationSettled) -> None:
         """Replace what is known of how a move came out."""
         chronicle = self.get(settled.sequence)
-        for number, page in enumerate(chronicle.pages if chronicle else ()):
+        if chronicle is None:
+            return
+        for number, page in enumerate(chronicle.pages):
             if page.settled is not None and page.migration == settled.migration:
                 chronicle.pages[number] = replace(page, settled=settled, why=settled.reason)
 

@@ -6,7 +6,7 @@ from math import lcm
 
 from mell_scheduler.core.boundaries import Boundaries
 from mell_scheduler.core.ledger import Ledger
-from mell_scheduler.core.records import Migration, SequenceRecord, cost_of
+from mell_scheduler.core.records import Migration, SequenceRecord, with_cost
 from mell_scheduler.core.values import Command, CoreSettings, MigrationSettled, StartMigration
 from mell_scheduler.policy.base import Move, Policy
 from mell_scheduler.policy.transfer import Candidate, Mode, Transfer, directed, divide
@@ -174,7 +174,7 @@ class Migrations:
         del self._unpriced[event.migration]
         if event.worker in self._ledger.workers:
             self._boundaries.observe(event)
-        settled = replace(outcome, reason="", **cost_of(event))
+        settled = with_cost(replace(outcome, reason=""), event)
         self._ledger.history.amend(settled)
         return settled
 

@@ -1,7 +1,7 @@
 """What the core knows of each sequence, worker and model: plain state, kept in step by `Ledger` alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from mell_scheduler.core.values import MigrationSettled, Outcome
@@ -48,7 +48,7 @@ class Migration:
     def settled(self, outcome: Outcome, reason: str, now_us: int, told: MigrationCommitted | None) -> MigrationSettled:
         """Describe how it came out; `told` is the news of a commit, if it came."""
         transfer = self.transfer
-        return MigrationSettled(
+        settled = MigrationSettled(
             self.migration,
             self.sequence,
             self.source,
@@ -60,19 +60,20 @@ class Migration:
             blocks=transfer.move.size_blocks,
             predicted_us=transfer.predicted_us,
             took_us=now_us - self.begun_us,
-            **(cost_of(told) if told else {}),
         )
+        return with_cost(settled, told) if told else settled
 
 
-def cost_of(told: MigrationCommitted) -> dict[str, int]:
-    """Return what the news of a move tells of its cost, by the names of `MigrationSettled`."""
-    return {
-        "stopped_us": told.stopped_us,
-        "copied_bytes": told.copied_bytes,
-        "copy_us": told.copy_us,
-        "prefilled_tokens": told.prefilled_tokens,
-        "prefill_us": told.prefill_us,
-    }
+def with_cost(settled: MigrationSettled, told: MigrationCommitted) -> MigrationSettled:
+    """Return an outcome with what the news of it tells of its cost."""
+    return replace(
+        settled,
+        stopped_us=told.stopped_us,
+        copied_bytes=told.copied_bytes,
+        copy_us=told.copy_us,
+        prefilled_tokens=told.prefilled_tokens,
+        prefill_us=told.prefill_us,
+    )
 
 
 class SequenceRecord:
