@@ -209,6 +209,22 @@ def test_an_operator_s_move_is_held_at_both_ends_and_its_outcome_told() -> None:
     assert scene.free("a") == free[0] + order.blocks
 
 
+@pytest.mark.parametrize(("heard", "stopped_s"), [(True, 0.007), (False, 0.0)])
+def test_who_ordered_a_move_is_told_its_cost_also_where_a_report_is_quicker(heard: bool, stopped_s: float) -> None:
+    """The answer waits for the news; if they never come it is given without."""
+    scene = Operated()
+    (order,) = orders(scene.migrate("big", "c")[1])
+    said = scene.report("c", ("big", 2, 641, 41))
+    said += scene.commit(order, stopped_us=7_000) if heard else scene.wait(4)
+    if not heard:
+        said += scene.order_of(MigrateRequest(ask="ask1", request="big", target="c"))[1]
+    reply = [command.reply for command in said if isinstance(command, Answer)][-1]
+    assert isinstance(reply, MigrateReply)
+    assert reply.moves[0].state == "committed"
+    assert reply.moves[0].move is not None
+    assert reply.moves[0].move.stopped_s == stopped_s
+
+
 def test_a_failed_move_is_told_with_its_reason() -> None:
     """The sequence stays, the target is free."""
     scene = Operated()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mell_scheduler.core import AskReport, MigrationPriced, MigrationSettled
-from mell_scheduler.pricing import Pricing
+from mell_scheduler.core.pricing import Pricing
 
 SEEN = MigrationSettled("7-1", "s", "a", "b", "committed", "its target reports it")
 TOLD = replace(SEEN, reason="", copied_bytes=4_096)

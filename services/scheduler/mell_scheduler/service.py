@@ -29,6 +29,7 @@ from mell_scheduler.core import (
     WantGpus,
 )
 from mell_scheduler.core.journal import header_line
+from mell_scheduler.core.pricing import NEWS_PATIENCE_US, Pricing
 from mell_scheduler.event_log import EventLog
 from mell_scheduler.herald import Herald
 from mell_scheduler.inbox import Inbox
@@ -39,7 +40,6 @@ from mell_scheduler.operators import Operators
 from mell_scheduler.packing_metrics import PackingMeter
 from mell_scheduler.pause import PauseMemory
 from mell_scheduler.policy import make_policy
-from mell_scheduler.pricing import Pricing
 from mell_scheduler.settings import TICK_S, SchedulerSettings
 from mell_scheduler.tracing import SchedulerTraces
 from mell_shared.actor import Actor
@@ -56,8 +56,6 @@ from mell_shared.subjects import Subjects
 from mell_shared.tracing import NO_TRACER, Tracer
 
 _LOUD = ("lost", "silent", "refused")
-_NEWS_PATIENCE_US = 3_000_000
-"""After a report that a move is done: its target tells what it cost once it has a token, a step later."""
 
 
 class Contest(Protocol):
@@ -110,7 +108,7 @@ class SchedulerService:
         self._operators = Operators(settings, process, clock, self._tally, send=self._send, put=self._actor.put)
         self._movers = Movers(bus, self._subjects, settings.migrate_timeout_s)
         self._traces = SchedulerTraces(tracer)
-        self._pricing = Pricing(_NEWS_PATIENCE_US)
+        self._pricing = Pricing(NEWS_PATIENCE_US)
         self.herald = Herald(emit, settings.policy)
         self._core: SchedulerCore | None = None
         self._subscriptions: list[Subscription] = []

@@ -8,6 +8,7 @@ from mell_scheduler.core.ledger import Ledger
 from mell_scheduler.core.liveness import Liveness
 from mell_scheduler.core.migrations import Migrations
 from mell_scheduler.core.operator import Operator
+from mell_scheduler.core.pricing import NEWS_PATIENCE_US, Pricing
 from mell_scheduler.core.proof import check_ledger
 from mell_scheduler.core.records import WorkerRecord
 from mell_scheduler.core.scaling import Scaling
@@ -24,6 +25,7 @@ from mell_scheduler.core.values import (
     LeadershipEnded,
     LeadershipTaken,
     MigrationPriced,
+    MigrationSettled,
     OperatorAsked,
     PlaceRequested,
     Reply,
@@ -70,6 +72,8 @@ class SchedulerCore:
         self._intake = Intake(self.ledger, policy, settings)
         self._migrations = Migrations(self.ledger, policy, settings)
         self._operator = Operator(self.ledger, self.waiting, policy, self._migrations, settings)
+        self._pricing = Pricing(NEWS_PATIENCE_US)
+        """For operators: what a move cost belongs into the answer to who ordered it."""
         self._liveness = Liveness(self.ledger, settings)
         self._completions = Completions()
         self._admission = Admission(self.ledger, settings, now_us)
@@ -115,9 +119,19 @@ class SchedulerCore:
             case ConnectionRestored():
                 self._liveness.pardon(now_us)
                 commands = [AskReport(None)]
+        return self._told_of_moves(commands)
+
+    def _told_of_moves(self, commands: list[Command]) -> list[Command]:
+        """Put before what an event causes how moves came out by it, and tell that to whoever ordered them."""
         settled, self.ledger.settled = self.ledger.settled, []
-        self._migrations.await_price(settled)
-        return [*settled, *self._operator.settle(settled), *commands] if settled else commands
+        if settled:
+            self._migrations.await_price(settled)
+        priced = [command for command in commands if isinstance(command, MigrationPriced)]
+        if not (settled or priced or self._pricing.waits):
+            return commands
+        told = self._pricing.take([*settled, *priced], self._now_us)
+        outcomes = [command for command in told if isinstance(command, MigrationSettled)]
+        return [*settled, *self._operator.settle(outcomes), *commands]
 
     def _heard_of_moving(self, event: MigrationCommitted | MigrationFailed | LaneMeasured) -> list[Command]:
         """A move has come out, or could be told better."""

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 
-from mell_scheduler.core import Command, MigrationPriced, MigrationSettled
+from mell_scheduler.core.values import Command, MigrationPriced, MigrationSettled
+
+NEWS_PATIENCE_US = 3_000_000
+"""After a report that a move is done: its target tells what it cost once it has a token, a step later."""
 
 
 class Pricing:
@@ -12,6 +15,11 @@ class Pricing:
         self._patience_us = patience_us
         self._kept: dict[str, tuple[int, MigrationSettled]] = {}
         """By migration: until when, and what is told then."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self._kept)
 
     def take(self, commands: Iterable[Command], now_us: int) -> list[Command]:
         """Return what is to be carried out now; outcomes whose cost may still come are kept."""
