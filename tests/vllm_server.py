@@ -20,7 +20,7 @@ from mell_gpu_worker.engine.fake import ALPHABET
 from mell_gpu_worker.engine.fake_grammar import ByteGrammars
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 _FORCED, _BANNED = 50.0, -50.0
 
 

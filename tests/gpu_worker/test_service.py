@@ -276,7 +276,7 @@ class GatedEngine(FakeEngine):
     def execute(self, rows: Sequence[StepRow]) -> StepResult:
         """Wait for the gate, then compute or fail."""
         self.computing.set()
-        assert self.gate.wait(30), "the test opens the gate"
+        assert self.gate.wait(60), "the test opens the gate"
         if self.error is not None:
             raise self.error
         return super().execute(rows)

@@ -22,7 +22,7 @@ from tests.scheduler.script import place_request, placed
 from tests.scheduler.stage import SUBJECTS, ScriptedWorker, place, status
 
 pytestmark = pytest.mark.connected
-WAIT_S = 30.0
+WAIT_S = 60.0
 """Ends only a test that has failed."""
 NO_JETSTREAM = "authorization { user: a, password: b }\njetstream: disabled\n"
 

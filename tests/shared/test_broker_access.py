@@ -69,7 +69,7 @@ async def test_over_tls(tls_server: NatsServer, certificates: Certificates) -> N
     bus.on_reconnect(again.set)
     tls_server.kill()
     tls_server.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await again.wait()
     assert await bus.request("twice", b"c", 5.0) == b"cc"
     await bus.close()
