@@ -105,7 +105,7 @@ async def test_an_unreachable_memory_store() -> None:
 @pytest.mark.connected
 async def test_keys_on_the_broker_expire(connect_bus: BusFactory) -> None:
     """The bucket's time to live holds for updated keys too."""
-    store = NatsKeyValue(await connect_bus(), f"test-{secrets.token_hex(4)}", 1.0)
+    store = NatsKeyValue(await connect_bus(), f"test-{secrets.token_hex(4)}", 5.0)
     revision = await store.write("key", b"1", 0, WAIT_S)
     await store.write("key", b"2", revision, WAIT_S)
     async with asyncio.timeout(60):
