@@ -14,6 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from mell_console.up import service as service_module
 from mell_console.up.child import Child, ChildSpec
 from mell_console.up.logfile import LogFile
 from mell_console.up.plan import WorkerPlan
@@ -132,8 +133,11 @@ async def test_stop_kills_what_does_not_listen(tmp_path: Path, program: ProgramM
         assert "was killed" in it.notices[-1].text
 
 
-async def test_stop_during_the_pause_before_a_restart_ends_it(tmp_path: Path, program: ProgramMaker) -> None:
-    """A service that waits to be started again is not started once the stack stops."""
+async def test_stop_during_the_pause_before_a_restart_ends_it(
+    tmp_path: Path, program: ProgramMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that waits to be started again is not started once the stack stops, however long it would wait."""
+    monkeypatch.setattr(service_module, "next_delay_us", lambda *_: 3_600_000_000)
     async with stage(tmp_path, program("say('ready')\nsys.exit(1)\n")) as it:
         await it.told("starting it again")
         await it.service.stop(1.0)

@@ -73,7 +73,7 @@ async def place(bus: Bus, request: PlaceRequest, subjects: Subjects = SUBJECTS) 
 
 async def status(bus: Bus, subjects: Subjects = SUBJECTS) -> Status:
     """Ask for the cluster's state."""
-    return decode(STATUS, await bus.request(subjects.admin("status"), encode(StatusRequest()), 2.0))
+    return decode(STATUS, await bus.request(subjects.admin("status"), encode(StatusRequest()), 30.0))
 
 
 class Stage:

@@ -76,8 +76,8 @@ open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid}")
 os.rename(sys.argv[1], sys.argv[1] + ".done")
 time.sleep(600)
 """
-    made = port(tmp_path, source, timeout_s=3.0)
-    with pytest.raises(ScaleError, match="longer than 3 s"):
+    made = port(tmp_path, source, timeout_s=5.0)
+    with pytest.raises(ScaleError, match="longer than 5 s"):
         await made.start(START)
     written = tmp_path / "out.done"
     if written.exists():  # else it was killed before it had begun
