@@ -16,6 +16,8 @@ pytestmark = pytest.mark.connected
 
 TOKENS = 3_000
 """A stream that outlasts all that is done to it; none is read to its end."""
+STORY = 400
+"""More of it than any test reads."""
 FLAGS = ("--fake-kv-bytes-per-token", "4096", "--lane-probes", "0", "--transport", "tcp")
 
 
@@ -44,10 +46,10 @@ def client(stack: Stack, frontend: Service) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def story(stack: Stack, client: httpx.Client) -> str:
-    """The undisturbed text."""
+    """The undisturbed beginning."""
     worker = stack.start_worker("undisturbed", *FLAGS, step_us=200)
     worker.ready()
-    text = whole_text(client, TOKENS)
+    text = whole_text(client, STORY)
     worker.ask_to_stop()
     worker.exit_code()
     return text
