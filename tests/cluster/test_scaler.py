@@ -35,7 +35,7 @@ def test_a_leader_change_neither_starts_nor_stops_and_an_empty_worker_goes(tmp_p
         stack.start_worker("worker-1", step_us=60_000, kv_blocks=28).ready()
         frontend = stack.start_frontend()
         with stack.client(frontend) as client:
-            flags = ["--max-workers", "2", "--scale-down-s", "3", "--scale-cooldown-s", "1"]
+            flags = ["--max-workers", "2", "--scale-down-s", "3", "--scale-cooldown-s", "1", "--stop-order", "last"]
             command = f"{sys.executable},{program},{told}"
             scaler = stack.start(
                 "mell_console", "scaler", "--url", str(client.base_url), "--scale-command", command, *flags
