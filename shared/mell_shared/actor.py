@@ -38,9 +38,13 @@ class Actor(Generic[Item]):
         if len(self._items) >= self._max_items:
             self.dropped += 1
             return False
+        self.post_anyway(item)
+        return True
+
+    def post_anyway(self, item: Item) -> None:
+        """Queue `item` also beyond the bound; for the few that come seldom and must not be lost."""
         self._items.append(item)
         self._filled.set()
-        return True
 
     async def put(self, item: Item) -> None:
         """Queue `item`, waiting for room; for bus handlers, whose own bounded queue then fills instead."""

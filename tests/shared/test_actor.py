@@ -42,6 +42,24 @@ async def test_a_full_mailbox_drops_and_counts_posts() -> None:
     assert handled == [0, 1]
 
 
+async def test_what_must_not_be_lost_gets_into_a_full_mailbox() -> None:
+    """In its turn, behind what waits; the next post is still dropped."""
+    handled: list[int] = []
+
+    async def handle(item: int) -> None:
+        handled.append(item)
+
+    actor = Actor("a", handle, max_items=2)
+    for item in (0, 1):
+        assert actor.post(item)
+    actor.post_anyway(2)
+    assert not actor.post(3)
+    assert actor.dropped == 1
+    actor.stop()
+    await actor.run()
+    assert handled == [0, 1, 2]
+
+
 async def test_put_waits_for_room() -> None:
     """`put` loses nothing in a small mailbox, from several tasks at once."""
     handled: list[int] = []

@@ -144,7 +144,7 @@ class SchedulerService:
             if not hears:
                 beside.append(group.create_task(self._pause.listen_yet()))
             await stop.wait()
-            self._actor.post(LeadershipEnded())
+            self._actor.post_anyway(LeadershipEnded())
             self._actor.stop()
             await actor
             for task in beside:
@@ -168,18 +168,18 @@ class SchedulerService:
         self._actor.every(TICK_S, Tick)
 
     def _reconnected(self) -> None:
-        self._actor.post(ConnectionRestored())
+        self._actor.post_anyway(ConnectionRestored())
 
     # --- leadership, told by the contest
 
     def begin(self, term: int) -> None:
         """This scheduler leads from now on."""
-        self._actor.post(LeadershipTaken(term))
+        self._actor.post_anyway(LeadershipTaken(term))
 
     def end(self) -> None:
         """It leads no more."""
         self._log.warning("leadership_lost")
-        self._actor.post(LeadershipEnded())
+        self._actor.post_anyway(LeadershipEnded())
 
     def stand_by(self) -> None:
         """Another leads."""

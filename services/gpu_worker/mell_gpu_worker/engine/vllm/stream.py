@@ -105,9 +105,10 @@ class Streaming:
             self._bug = self._bug or task.exception()
 
     async def _run(self, stream: Stream) -> None:
-        attempts = 0
+        attempts = in_vain = 0
         while not stream.end:
             before = len(stream.ids)
+            in_vain += 1
             try:
                 await self._follow(stream)
             except UNREACHABLE as error:
@@ -122,12 +123,12 @@ class Streaming:
                 stream.failure = f"the vLLM server answered with {error}"
                 break
             if len(stream.ids) > before:
-                attempts = 0
+                attempts = in_vain = 0
             if attempts >= _ATTEMPTS:
                 stream.failure = f"the vLLM server broke off {attempts} times before it made a token"
                 break
             if not stream.end:
-                await asyncio.sleep(_PAUSES_S[min(attempts, len(_PAUSES_S) - 1)])
+                await asyncio.sleep(_PAUSES_S[min(in_vain, len(_PAUSES_S) - 1)])
         self._told()
 
     async def _follow(self, stream: Stream) -> None:
