@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 
 from mell_shared.models import DEFAULT_MODEL, default_model_dir, locate_model
 from mell_shared.process import death_with_parent
+from tests.ports import free_port
 
 PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
 _PATIENCE_S = 600.0
@@ -29,9 +29,7 @@ class VllmProcess:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "vllm.log"
         self.folder = locate_model(DEFAULT_MODEL, default_model_dir())
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -20,7 +20,7 @@ from mell_gpu_worker.engine.fake import ALPHABET
 from mell_gpu_worker.engine.fake_grammar import ByteGrammars
 from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL, FAKE_VOCAB_SIZE
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 _FORCED, _BANNED = 50.0, -50.0
 
 
@@ -101,6 +101,12 @@ class FakeVllm:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def used_blocks(self) -> int:
+        """All that is held, by others too."""
+        lengths = list(self._lengths.values())
+        return self.knobs.other_blocks + sum(-(-length // self.knobs.block_tokens) for length in lengths)
+
     def __enter__(self) -> "FakeVllm":
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self.start(), self._loop).result(_PATIENCE_S)
@@ -165,14 +171,13 @@ class FakeVllm:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         knobs = self.knobs
-        used = knobs.other_blocks + sum(-(-length // knobs.block_tokens) for length in self._lengths.values())
         labels = f'engine="0",model_name="{knobs.model}"'
         lines = [
             "# TYPE vllm:num_requests_running gauge",
             f"vllm:num_requests_running{{{labels}}} {float(len(self._lengths))}",
             f"vllm:num_requests_waiting{{{labels}}} {float(knobs.waiting)}",
             f'vllm:num_requests_waiting_by_reason{{{labels},reason="capacity"}} {float(knobs.waiting)}',
-            f"vllm:kv_cache_usage_perc{{{labels}}} {used / (knobs.blocks - 1)}",
+            f"vllm:kv_cache_usage_perc{{{labels}}} {self.used_blocks / (knobs.blocks - 1)}",
             f'vllm:cache_config_info{{block_size="{knobs.block_tokens}",enable_prefix_caching="{knobs.prefix_cache}",'
             f'engine="0",kv_cache_size_tokens="None",num_gpu_blocks="{knobs.blocks}"}} 1.0',
         ]

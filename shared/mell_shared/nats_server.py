@@ -64,7 +64,7 @@ class NatsServer:
         assert self._process is not None, "the server runs"
         return self._process.pid
 
-    def start(self, timeout_s: float = 10.0) -> Self:
+    def start(self, timeout_s: float = 30.0) -> Self:
         """Start the server and return when it takes connections; a free port is chosen once and kept.
 
         Raises `NatsServerError`.

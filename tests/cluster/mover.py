@@ -19,7 +19,7 @@ from mell_shared.subjects import Subjects
 
 _TERM = 2**62
 """Higher than any scheduler's: its orders are not obeyed any more."""
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 SUBJECTS = Subjects()
 
 
@@ -65,7 +65,7 @@ class Mover:
         name = f"forced-{len(self._outcomes)}-{generation}"
         told = {"mode": "kv", "reason": "manual", "term": _TERM} | order
         migrate = Migrate(migration=name, sequence=sequence, generation=generation, target=worker, **told)
-        data = await self._bus.request(SUBJECTS.worker_commands(source), encode(migrate), 5.0)
+        data = await self._bus.request(SUBJECTS.worker_commands(source), encode(migrate), 30.0)
         reply = decode(WORKER_REPLY, data)
         assert isinstance(reply, MigrateAccepted), reply
         outcome: MigrationCommitted | MigrationFailed = await self._until(lambda: self._outcomes.get(name))

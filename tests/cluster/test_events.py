@@ -31,7 +31,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         for module, role in (("mell_frontend", "frontend"), ("mell_scheduler", "scheduler")):
             stack.log_in(module, f"{role}:{role}-pw")
         stack.log_in("mell_gpu_worker", "worker:worker-pw")
-        services = [stack.start_scheduler(), stack.start_worker("one"), stack.start_worker("two")]
+        services = [stack.start_scheduler(), *(stack.start_worker(name, step_us=40_000) for name in ("one", "two"))]
         for service in services:
             service.ready()
         yield stack
@@ -62,7 +62,7 @@ def program(stack: Stack, name: str, log: Path, *arguments: str) -> Iterator[sub
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(20) == 0, log.read_text()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
 
@@ -76,6 +76,11 @@ def events(client: httpx.Client, query: str = "last=10000") -> list[dict[str, An
 def told(client: httpx.Client, request_id: str) -> dict[str, dict[str, Any]]:
     """What was told of a request so far: the last event of each type."""
     return {event["type"]: event for event in events(client) if event["data"].get("request_id") == request_id}
+
+
+def joined(client: httpx.Client) -> int:
+    """How many workers are told to have joined."""
+    return [event["type"] for event in events(client)].count("worker.joined")
 
 
 def test_a_request_that_moves_is_told_by_who_knows_it(stack: Stack, frontend: Service) -> None:
@@ -113,9 +118,7 @@ def test_every_source_counts_without_holes_from_its_state_on(stack: Stack, front
         whole_text(client, 5)
         finished = eventually(lambda: told(client, "counted").get("request.finished"), "an end is told")["data"]
         assert (finished["completion_tokens"], finished["outcome"]) == (5, "complete")
-        eventually(
-            lambda: [event["type"] for event in events(client)].count("worker.joined") == 2, "both workers are told"
-        )
+        eventually(lambda: joined(client) == 2, "both workers are told")
         found = events(client)
     by_source: dict[str, list[dict[str, Any]]] = {}
     for event in found:
@@ -130,6 +133,7 @@ def test_the_console_shows_them(stack: Stack, frontend: Service) -> None:
     """`mell events` prints lines, or JSON for programs; with `--follow` until Ctrl-C, which is no failure."""
     with stack.client(frontend) as client:
         whole_text(client, 5)
+        eventually(lambda: joined(client) == 2, "both workers are told")
         url = str(client.base_url)
     mell = [sys.executable, "-m", "mell_console", "events", "--url", url]
     shown = subprocess.run(
@@ -148,7 +152,7 @@ def test_the_console_shows_them(stack: Stack, frontend: Service) -> None:
             pass
         following.send_signal(signal.SIGINT)
         following.stdout.read()
-        assert following.wait(20) == 0
+        assert following.wait(60) == 0
 
 
 def test_the_watching_example_prints_what_happens(stack: Stack, frontend: Service, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from tests.cluster.stack import Service, Stack, StreamedChat, eventually, whole_
 
 pytestmark = pytest.mark.connected
 
-TOKENS, STEP_US = 500, 60_000
-"""A stream of half a minute: long enough for all that is to happen within it, on a slow machine too."""
+TOKENS, STEP_US = 1_500, 60_000
+"""A stream of a minute and a half: long enough for all that is to happen within it, on a slow machine too."""
 FLAGS = ("--fake-kv-bytes-per-token", "4096", "--lane-probes", "0")
 
 
@@ -35,10 +35,10 @@ def client(stack: Stack) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def story(stack: Stack, client: httpx.Client) -> str:
-    """The undisturbed text of `TOKENS` tokens."""
+    """The undisturbed beginning, of more tokens than are read."""
     worker = stack.start_worker("undisturbed", *FLAGS, step_us=200)
     worker.ready()
-    text = whole_text(client, TOKENS)
+    text = whole_text(client, 400)
     worker.ask_to_stop()
     worker.exit_code()
     return text
@@ -92,7 +92,7 @@ def test_a_streamed_chat_is_moved_in_every_mode(stack: Stack, client: httpx.Clie
 
 def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: httpx.Client, story: str) -> None:
     """Rubbish at the data port is turned away; a target that stands still is given up, and the stream goes on."""
-    flags = ("--transport", "tcp", "--move-timeout-s", "2", *FLAGS)
+    flags = ("--transport", "tcp", "--move-timeout-s", "10", *FLAGS)
     workers = {name: stack.start_worker(name, *flags, step_us=STEP_US) for name in ("one", "two")}
     for worker in workers.values():
         worker.ready()
@@ -103,7 +103,7 @@ def test_a_stopped_target_and_a_stranger_cost_nothing(stack: Stack, client: http
         async with mover(stack.broker.url) as moves:
             source, *_ = await moves.holder()
             here, there = ("one", "two") if source.startswith("one-") else ("two", "one")
-            with socket.create_connection(data_port(workers[there]), timeout=5) as stranger:
+            with socket.create_connection(data_port(workers[there]), timeout=60) as stranger:
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 20)
                 moved = await moves.move(there)
             assert isinstance(moved, MigrationCommitted), moved

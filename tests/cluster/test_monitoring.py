@@ -27,9 +27,14 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
         yield found
 
 
+def page(port: int) -> str:
+    """What a service answers to a scrape."""
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, timeout=60).text
+
+
 def scraped(port: int) -> dict[tuple[str, str], float]:
     """Every sample of a service, by its name and labels."""
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    text = page(port)
     return {
         (sample.name, str(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -40,7 +45,7 @@ def scraped(port: int) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("service", ["frontend", "scheduler", "gpu_worker"])
 def test_a_service_exports_what_the_page_says(ports: dict[str, int], service: str) -> None:
     """By name and type."""
-    text = httpx.get(f"http://127.0.0.1:{ports[service]}/metrics", trust_env=False).text
+    text = page(ports[service])
     of_the_process = ("process_", "python_")
     families = {
         (family.name, family.type)
@@ -54,8 +59,9 @@ def test_a_service_exports_what_the_page_says(ports: dict[str, int], service: st
 def test_the_figures_are_those_of_the_request(ports: dict[str, int]) -> None:
     """Tokens at the frontend, time of GPUs at the scheduler, the cache at the worker."""
     model = "[('model_name', 'fake')]"
+    tokens = ("vllm:generation_tokens_total", model)
+    eventually(lambda: scraped(ports["frontend"])[tokens] == 20, "the answer is counted")
     frontend, worker = scraped(ports["frontend"]), scraped(ports["gpu_worker"])
-    assert frontend["vllm:generation_tokens_total", model] == 20
     assert worker["vllm:prefix_cache_queries_total", model] == frontend["vllm:prompt_tokens_total", model]
     seconds = ("mell_gpu_seconds_total", "[('model', 'fake')]")
     eventually(lambda: seconds in scraped(ports["scheduler"]), "an epoch has passed")

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.connected
 
 TOKENS = 3_000
 """A stream that outlasts all that is done to it; none is read to its end."""
+STORY = 400
+"""More of it than any test reads."""
 FLAGS = ("--fake-kv-bytes-per-token", "4096", "--lane-probes", "0", "--transport", "tcp")
 
 
@@ -44,10 +46,10 @@ def client(stack: Stack, frontend: Service) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def story(stack: Stack, client: httpx.Client) -> str:
-    """The undisturbed text."""
+    """The undisturbed beginning."""
     worker = stack.start_worker("undisturbed", *FLAGS, step_us=200)
     worker.ready()
-    text = whole_text(client, TOKENS)
+    text = whole_text(client, STORY)
     worker.ask_to_stop()
     worker.exit_code()
     return text
@@ -66,19 +68,20 @@ def mell(frontend: Service, *arguments: str) -> tuple[int, Any]:
     """Run a command of an operator; returns its exit code and its JSON."""
     environment = os.environ | {"MELL_URL": frontend.ready()["url"], "MELL_ADMIN_KEY": "secret"}
     command = [sys.executable, "-m", "mell_console", *arguments, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=90)
     return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
 
-def holder(frontend: Service, state: str = "running") -> tuple[str, str]:
-    """Wait until the one sequence is in this state; returns its worker's name and its own."""
+def holder(frontend: Service, chat: StreamedChat) -> tuple[str, str]:
+    """Wait until a chat's sequence runs; returns its worker's name and its own. The last test's may still be there."""
 
     def held() -> tuple[str, str] | None:
         _, status = mell(frontend, "status", "--requests")
-        rows = [row for row in status["sequences"] if row["state"] == state]
-        return (rows[0]["worker"].rpartition("-")[0], rows[0]["sequence"]) if rows else None
+        own = [row for row in status["sequences"] if row["sequence"].partition(".")[0] == chat.id]
+        running = [row for row in own if row["state"] == "running"]
+        return (running[0]["worker"].rpartition("-")[0], running[0]["sequence"]) if running else None
 
-    name, sequence = eventually(held, f"a sequence is {state}")
+    name, sequence = eventually(held, "the sequence runs")
     return name, sequence
 
 
@@ -88,11 +91,11 @@ def test_a_worker_is_drained_in_mid_stream(
     """Its request goes on elsewhere, to the same text; it stays, empty, until it is undrained; every step is told."""
     chat = StreamedChat(client, TOKENS)
     chat.read(5)
-    name, sequence = holder(frontend)
+    name, sequence = holder(frontend, chat)
     (other,) = set(workers) - {name}
     code, plan = mell(frontend, "drain", name, "--dry-run")
     assert (code, [row["target"].rpartition("-")[0] for row in plan["sequences"]]) == (0, [other])
-    code, _ = mell(frontend, "drain", name, "--deadline", "30s", "--wait", "--timeout", "30s")
+    code, _ = mell(frontend, "drain", name, "--deadline", "60s", "--wait", "--timeout", "60s")
     assert code == 0
     assert story.startswith(chat.read(len(chat.text) + 20))
     _, status = mell(frontend, "status")
@@ -118,7 +121,7 @@ def test_a_worker_that_is_told_to_stop_is_emptied_first(
     """As in a rolling restart: its stream moves away, it leaves at once, nothing is placed again."""
     chat = StreamedChat(client, TOKENS)
     chat.read(5)
-    name, _ = holder(frontend)
+    name, _ = holder(frontend, chat)
     workers[name].ask_to_stop()
     assert workers[name].exit_code() == 0
     assert story.startswith(chat.read(len(chat.text) + 20))

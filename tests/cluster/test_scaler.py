@@ -32,21 +32,21 @@ def test_a_leader_change_neither_starts_nor_stops_and_an_empty_worker_goes(tmp_p
         eventually(lambda: leads(first), "a leader")
         second = stack.start_scheduler()
         second.ready()
-        stack.start_worker("worker-1", step_us=20_000, kv_blocks=48).ready()
+        stack.start_worker("worker-1", step_us=60_000, kv_blocks=28).ready()
         frontend = stack.start_frontend()
         with stack.client(frontend) as client:
-            flags = ["--max-workers", "2", "--scale-down-s", "3", "--scale-cooldown-s", "1"]
+            flags = ["--max-workers", "2", "--scale-down-s", "3", "--scale-cooldown-s", "1", "--stop-order", "last"]
             command = f"{sys.executable},{program},{told}"
             scaler = stack.start(
                 "mell_console", "scaler", "--url", str(client.base_url), "--scale-command", command, *flags
             )
             scaler.ready()
-            # Each ends with 26 blocks or so: not all of them fit on one worker.
-            streams = [StreamedChat(client, 400) for _ in range(3)]
+            # Each ends with 16 blocks or so: not all of them fit on one worker.
+            streams = [StreamedChat(client, 240) for _ in range(3)]
             eventually(lambda: told.read_text() == "start 2 worker-2\n", f"an order: {scaler.lines()}")
             first.kill()
             eventually(lambda: leads(second), "another leader")
-            added = stack.start_worker("worker-2", step_us=20_000, kv_blocks=48)
+            added = stack.start_worker("worker-2", step_us=60_000, kv_blocks=28)
             added.ready()
             for stream in streams:
                 stream.read()

@@ -5,11 +5,12 @@ A token that is lost, comes twice or out of turn changes all that follows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.cluster.stack import Service, Stack, StreamedChat, eventually
+from tests.cluster.stack import LOSING, Service, Stack, StreamedChat, eventually
 from tests.cluster.test_operators import holder, mell
 from tests.ports import free_port
 
@@ -31,7 +32,8 @@ class Pair:
 
     def knobs(self, **changes: object) -> dict[str, object]:
         """Turn the server's knobs; returns what it has seen."""
-        return dict(httpx.post(f"http://127.0.0.1:{self.port}/knobs", json=changes, trust_env=False).json())
+        url = f"http://127.0.0.1:{self.port}/knobs"
+        return dict(httpx.post(url, json=changes, trust_env=False, timeout=60).json())
 
     def restart_server(self) -> None:
         """Start the server again, where it was."""
@@ -56,7 +58,7 @@ def _serve(stack: Stack, port: int) -> Service:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A broker and a scheduler."""
-    with Stack(tmp_path_factory.mktemp("vllm")) as stack:
+    with Stack(tmp_path_factory.mktemp("vllm"), LOSING) as stack:
         stack.start_scheduler().ready()
         yield stack
 
@@ -130,8 +132,12 @@ def read_quickly(chat: StreamedChat, pairs: dict[str, Pair]) -> str:
 
 def test_a_worker_says_what_stands_behind_it(frontend: Service, pairs: dict[str, Pair]) -> None:
     """Its server's address, what it can do, and how its blocks are."""
-    _, status = mell(frontend, "status")
-    shown = {worker["name"]: worker for worker in status["workers"]}
+
+    def shown_workers() -> dict[str, Any]:
+        _, status = mell(frontend, "status")
+        return {worker["name"]: worker for worker in status["workers"]}
+
+    shown = eventually(lambda: (seen := shown_workers()).keys() == pairs.keys() and seen, "both are known")
     for name, pair in pairs.items():
         assert (shown[name]["engine"], shown[name]["device"]) == ("vllm", f"127.0.0.1:{pair.port}")
         assert shown[name]["migration_modes"] == ["tokens"]
@@ -141,7 +147,7 @@ def test_a_chat_moves_between_servers_by_its_tokens(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """There and back in mid-stream: each server goes on after the other's last token, and ends what it did before."""
-    here, sequence = holder(frontend)
+    here, sequence = holder(frontend, chat)
     (there,) = set(pairs) - {here}
     for target in (there, here):
         code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", "tokens")
@@ -152,16 +158,16 @@ def test_a_chat_moves_between_servers_by_its_tokens(
     assert chat.finish_reason == "length"
     for pair in pairs.values():
         eventually(lambda pair=pair: pair.knobs()["running"] == 0, "nothing is left at a server")
-    assert pairs[there].knobs()["left"], "it was ended there by closing its connection"
+    eventually(lambda: pairs[there].knobs()["left"], "it was ended there by closing its connection")
 
 
 def test_a_worker_is_drained_in_mid_stream(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """Its request goes on before the other server, to the same text; undrained it takes work again."""
-    name, _ = holder(frontend)
+    name, _ = holder(frontend, chat)
     (other,) = set(pairs) - {name}
-    assert mell(frontend, "drain", name, "--deadline", "30s", "--wait", "--timeout", "30s")[0] == 0
+    assert mell(frontend, "drain", name, "--deadline", "60s", "--wait", "--timeout", "60s")[0] == 0
     assert not chat.done, "it was drained in mid-stream"
     _, status = mell(frontend, "status")
     assert {worker["name"]: worker["state"] for worker in status["workers"]} == {name: "drained", other: "active"}
@@ -179,31 +185,33 @@ def test_structured_output_stays_where_it_began(
     form = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
     chat = StreamedChat(client, 4 * len(story), temperature=0, ignore_eos=False, response_format=form)
     assert chat.read(5).startswith('{"a"')
-    name, sequence = holder(frontend)
+    name, sequence = holder(frontend, chat)
     (other,) = set(pairs) - {name}
     code, moved = mell(frontend, "migrate", sequence, "--to", other, "--mode", "tokens")
     assert (code, [move["state"] for move in moved["moves"]]) == (1, ["failed"])
     assert moved["moves"][0]["reason"] == "bound"
     chat.read(len(chat.text) + 5)
+    back = len(pairs[name].worker.events("engine_back"))
     pairs[name].server.kill()
     assert "could not go on" in chat.read_error()["message"]
     pairs[name].restart_server()
-    eventually(lambda: pairs[name].worker.events("engine_back"), "the worker finds its server again")
+    eventually(lambda: len(pairs[name].worker.events("engine_back")) > back, "the worker finds its server again")
 
 
 def test_a_server_that_is_killed_loses_its_streams_to_the_other(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """The worker stays, says so, and takes nothing until its server is back."""
-    name, _ = holder(frontend)
+    name, _ = holder(frontend, chat)
     pair = pairs[name]
-    away, placed = len(pair.worker.events("engine_away")), len(frontend.events("sequence_placed_again"))
+    away, back = (len(pair.worker.events(f"engine_{where}")) for where in ("away", "back"))
+    placed = len(frontend.events("sequence_placed_again"))
     pair.server.kill()
     assert read_quickly(chat, pairs) == story
-    assert len(pair.worker.events("engine_away")) == away + 1
-    assert len(frontend.events("sequence_placed_again")) == placed + 1
+    eventually(lambda: len(pair.worker.events("engine_away")) > away, "the server is missed")
+    eventually(lambda: len(frontend.events("sequence_placed_again")) > placed, "it is placed again")
     pair.restart_server()
-    eventually(lambda: len(pair.worker.events("engine_back")) == away + 1, "the worker finds its server again")
+    eventually(lambda: len(pair.worker.events("engine_back")) > back, "the worker finds its server again")
     assert pair.worker.process.poll() is None
 
 
@@ -224,7 +232,7 @@ def test_a_killed_worker_leaves_nothing_running_at_its_server(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """Its connections end with it; the stream goes on before the other server."""
-    name, _ = holder(frontend)
+    name, _ = holder(frontend, chat)
     pairs[name].worker.kill()
     assert read_quickly(chat, pairs) == story
     eventually(lambda: pairs[name].knobs()["running"] == 0, "nothing is left at the server")

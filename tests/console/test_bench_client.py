@@ -9,6 +9,7 @@ from mell_console.bench.measure import Outcome
 from mell_console.bench.settings import BenchSettings
 from mell_shared.clock import Clock, SystemClock
 from tests.console.openai_server import Exchange, LockstepClock, event, piece, plain_answer, serving, usage
+from tests.ports import free_port
 
 Answer = Callable[[Exchange], object]
 
@@ -173,8 +174,7 @@ async def test_a_server_that_never_answers_is_a_timeout() -> None:
 
 async def test_a_port_where_nobody_listens_is_told() -> None:
     """A refused connection has its own kind."""
-    async with serving() as server:
-        url = server.url
+    url = f"http://127.0.0.1:{free_port()}"
     http = HttpClient(url, {})
     outcome = await ask(Target(settings(url), "m", http, SystemClock()), "a", 1)
     assert outcome.error == "connection refused"

@@ -16,7 +16,7 @@ from mell_console.bench.report import print_report
 from mell_console.bench.settings import BenchSettings
 from mell_console.bench.warmup import BenchError
 from mell_console.bench.workload import plan_shots
-from mell_shared.clock import SystemClock
+from mell_shared.clock import Clock, ManualClock, SystemClock
 from tests.console.openai_server import Exchange, Server, plain_answer, serving
 
 
@@ -25,11 +25,11 @@ def settings(server: Server, *flags: str) -> BenchSettings:
     return BenchSettings.from_command_line(["--url", f"{server.url}/v1/", *flags])
 
 
-async def load(made: BenchSettings) -> tuple[list[Outcome], list[tuple[int, int]]]:
+async def load(made: BenchSettings, clock: Clock | None = None) -> tuple[list[Outcome], list[tuple[int, int]]]:
     """Return the outcomes of a run without warm-up, and what progress was told."""
     told: list[tuple[int, int]] = []
     http = HttpClient(made.origin, {})
-    target = Target(made, "m", http, SystemClock())
+    target = Target(made, "m", http, clock or SystemClock())
     outcomes, _ = await Load(target, Calibration(), lambda began, ended: told.append((began, ended))).run(
         plan_shots(made)
     )
@@ -70,11 +70,17 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
 
 @pytest.mark.parametrize("loop", [["--concurrency", "2"], ["--rate", "200"]])
 async def test_a_duration_ends_a_run_that_has_no_other_end(loop: list[str]) -> None:
-    """No request starts after the time is up, and those in flight are finished."""
-    async with serving() as server:
-        outcomes, _ = await load(settings(server, "--duration-s", "0.05", "--output-tokens", "1", *loop))
+    """No request starts after the time is up, those in flight are finished; here each answer takes 10 ms."""
+    clock = ManualClock()
+
+    async def answer(exchange: Exchange) -> None:
+        clock.advance_us(10_000)
+        await plain_answer(exchange)
+
+    async with serving(answer) as server:
+        outcomes, _ = await load(settings(server, "--duration-s", "0.05", "--output-tokens", "1", *loop), clock)
     assert {outcome.error for outcome in outcomes} == {""}
-    assert len(server.requests) == len(outcomes)
+    assert 5 <= len(server.requests) == len(outcomes) <= 20
 
 
 async def test_a_whole_run_finds_the_model_calibrates_and_reports() -> None:

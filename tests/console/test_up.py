@@ -11,7 +11,7 @@ import pytest
 from mell_shared.nats_server import NatsServer
 from tests.console.up_process import WAIT_S, Starter, Up
 
-pytestmark = pytest.mark.connected
+pytestmark = [pytest.mark.connected, pytest.mark.timeout(600)]
 
 
 def chat(url: str, model: str = "fake") -> str:
@@ -54,7 +54,6 @@ def test_a_stack_answers_survives_deaths_and_leaves_nothing(start: Starter) -> N
     assert "Traceback" not in up.text
 
 
-@pytest.mark.timeout(400)
 def test_the_default_model_answers_through_all_services(start: Starter) -> None:
     """What a newcomer gets: the real model behind two workers streams to the official client, right and repeatable."""
     up = start("--workers", "2", "--kv-blocks", "128", MELL_ENGINE="torch")
@@ -73,8 +72,8 @@ def test_the_default_model_answers_through_all_services(start: Starter) -> None:
 
 def test_a_stream_that_outlasts_the_stop_is_told_so(start: Starter) -> None:
     """Ctrl-C during a long answer ends the stream with an error, and no service has to be killed for it."""
-    # The frontend waits three seconds for an answer that takes fifty.
-    up = start("--workers", "1", "--stop-s", "5", MELL_FAKE_STEP_US="50000")
+    # Services give up after two seconds an answer that takes fifty, and then have almost a minute to end.
+    up = start("--workers", "1", "--stop-s", "60", MELL_STOP_DEADLINE_S="2", MELL_FAKE_STEP_US="50000")
     url = up.up()
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         stream = client.completions.create(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.console.up_process import Starter
 
-pytestmark = pytest.mark.connected
+pytestmark = [pytest.mark.connected, pytest.mark.timeout(600)]
 
 _SLOW_SMALL = {"MELL_FAKE_STEP_US": "20000", "MELL_PROFILE_S": "0", "MELL_KV_BLOCKS": "64"}
 """A step of 20 ms and 64 blocks of 16 tokens: seven answers of 130 tokens are all that one worker holds."""
@@ -25,7 +25,7 @@ def start_bench(url: str, *flags: str) -> subprocess.Popen[str]:
 
 def report_of(running: subprocess.Popen[str]) -> dict[str, object]:
     """Wait for its end and return its report."""
-    return dict(json.loads(running.communicate(timeout=100)[0]))
+    return dict(json.loads(running.communicate(timeout=300)[0]))
 
 
 def bench(url: str, *flags: str) -> dict[str, object]:

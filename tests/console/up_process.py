@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-WAIT_S = 60.0
+WAIT_S = 120.0
+"""Only ends a test that has failed."""
 
 
 def alive(pid: int) -> bool:
@@ -84,8 +85,19 @@ class Up:
         return not any(map(alive, self.family))
 
     def left(self) -> list[str]:
-        """Return the processes that were started for it, whoever's children they are by now, and still run."""
-        return [process.name() for process in psutil.process_iter() if self._started(process)]
+        """Return the processes that were started for it and run on, whoever's children they are by now."""
+        deadline_s = time.monotonic() + WAIT_S
+        while (found := self._still_here()) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        return found
+
+    def _still_here(self) -> list[str]:
+        names = []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                if self._started(process):
+                    names.append(process.name())
+        return names
 
     def _started(self, process: psutil.Process) -> bool:
         try:

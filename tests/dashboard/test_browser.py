@@ -15,7 +15,7 @@ from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.connected,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM),
 ]
 
@@ -333,5 +333,5 @@ def test_it_says_so_when_the_frontend_is_gone(context: BrowserContext, stack: St
     expect(page.locator("#link-text")).to_have_text("live")
     service.kill()
     expect(page.get_by_role("alert")).to_contain_text("Not connected")
-    stack.start("mell_frontend", *flags).ready(patience_s=90)
+    stack.start("mell_frontend", *flags).ready()
     expect(page.locator("#link-text")).to_have_text("live")

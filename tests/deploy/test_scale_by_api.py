@@ -33,8 +33,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Say the number and its version."""
-        self._answer(200, {"metadata": {"resourceVersion": str(self.server.version)}, "spec": self._spec()})
-        self.server.version += self.server.raced
+        version = self.server.version
+        self.server.version += self.server.raced  # before the answer, on which the next request follows
+        self._answer(200, {"metadata": {"resourceVersion": str(version)}, "spec": self._spec()})
 
     def do_PATCH(self) -> None:
         """Set it, if the version is the one that was read."""

@@ -37,7 +37,7 @@ class Shell:
         sh = shutil.which("sh")
         assert sh is not None
         command = [sh, str(SCRIPTS / script), *arguments]
-        return subprocess.run(command, env=self.environment, timeout=30, check=False).returncode
+        return subprocess.run(command, env=self.environment, timeout=60, check=False).returncode
 
     def calls(self) -> list[str]:
         """Return the calls that change something."""

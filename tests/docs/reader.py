@@ -16,7 +16,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 _PATIENCE_S = 180.0
 """Only ends a test that has failed."""
-_STOP_S = 30.0
+_STOP_S = 90.0
 _PORTS = ("8000", "8001", "4222", "9100")
 """Ports that pages name; each reader has free ones in their place."""
 

@@ -125,7 +125,7 @@ async def test_the_state_names_the_open_requests(told: Told, gateway: ScriptedGa
     """A reader that missed something knows what still runs; one that leaves is over."""
     gateway.script = lambda _request: []  # waits for ever
     asked = asyncio.create_task(told.client.post("/v1/chat/completions", json=CHAT))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not gateway.streams:  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.001)
     arrived = told.events[0]
@@ -164,7 +164,7 @@ async def test_who_follows_gets_what_comes_until_the_frontend_stops(told: Told) 
     await asyncio.sleep(0)
     await told.put(3, 4)
     told.feed.stop()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await reading == [2, 3, 4]
 
 

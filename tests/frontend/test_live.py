@@ -288,7 +288,7 @@ async def streaming(app: Any, **headers: str) -> Any:
     }
     async with AsyncExitStack() as stack:
         task = asyncio.create_task(app(scope, receive, messages.put))
-        stack.push_async_callback(lambda: asyncio.wait_for(task, 10))
+        stack.push_async_callback(lambda: asyncio.wait_for(task, 60))
         stack.callback(gone.set)
         yield messages
 
@@ -297,14 +297,14 @@ async def test_the_stream_over_http(build_app: Callable[..., Any]) -> None:
     """Events of a type that nothing on the way keeps back, for the admin key alone."""
     app = build_app(admin_key="secret")
     async with streaming(app, authorization="Bearer secret") as messages:
-        start = await asyncio.wait_for(messages.get(), 10)
+        start = await asyncio.wait_for(messages.get(), 60)
         assert start["status"] == 200
         assert dict(start["headers"])[b"content-type"].startswith(b"text/event-stream")
         assert dict(start["headers"])[b"cache-control"] == b"no-cache"
-        body = (await asyncio.wait_for(messages.get(), 10))["body"]
+        body = (await asyncio.wait_for(messages.get(), 60))["body"]
         assert body.startswith(b"event: state\ndata: {")
     async with streaming(app) as messages:
-        assert (await asyncio.wait_for(messages.get(), 10))["status"] == 401
+        assert (await asyncio.wait_for(messages.get(), 60))["status"] == 401
 
 
 async def test_the_feed_is_described(client: httpx.AsyncClient) -> None:
@@ -323,8 +323,8 @@ async def test_answers_tell_the_pulse_when_they_begin(build_app: Callable[..., A
         ask = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
         assert (await client.post("/v1/chat/completions", json=ask)).status_code == 200
     async with streaming(app) as messages:
-        await asyncio.wait_for(messages.get(), 10)
-        body = (await asyncio.wait_for(messages.get(), 10))["body"].decode()
+        await asyncio.wait_for(messages.get(), 60)
+        body = (await asyncio.wait_for(messages.get(), 60))["body"].decode()
     state = LIVE_STATE.validate_json(body.partition("data: ")[2])
     assert state.frontend.first_tokens == 1
     assert state.frontend.frontend == "frontend-1"

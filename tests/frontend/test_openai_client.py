@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import httpx
 import openai
@@ -77,7 +77,7 @@ def sync_client(build_app: Callable[..., App], loopback: socket.socket) -> Itera
     with openai.OpenAI(base_url=f"{url_of(loopback)}/v1", api_key="anything", max_retries=0) as made:
         yield made
     server.should_exit = True
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 
@@ -161,10 +161,10 @@ async def test_a_client_that_leaves_cancels_at_once(client: openai.AsyncOpenAI, 
     stream = await client.chat.completions.create(model="fake", messages=USER, stream=True)
     assert (await anext(aiter(stream))).choices[0].delta.role == "assistant"
     await stream.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await gateway.streams[0].closed.wait()
     asked = asyncio.create_task(client.chat.completions.create(model="fake", messages=USER))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(gateway.streams) < 2:  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.001)
         asked.cancel()
@@ -190,7 +190,7 @@ async def test_a_hundred_megabytes_are_refused(url: str) -> None:
         for _ in range(chunks):
             yield b"x" * 2**20
 
-    async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         length = {"content-length": str(100 * 2**20)}
         response = await http.post("/v1/chat/completions", content=body(100), headers=length)
         assert response.status_code == 413
@@ -204,7 +204,7 @@ async def exchange(url: str, data: bytes) -> bytes:
     port = int(url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             writer.write(data)
             return await reader.read()
     finally:
@@ -245,6 +245,9 @@ async def test_too_many_connections_are_turned_away(build_app: Callable[..., App
         for _, writer in idle:
             writer.close()
         request = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-        async with asyncio.timeout(10):
-            while not (await exchange(url, request)).startswith(b"HTTP/1.1 200 "):  # noqa: ASYNC110
+        async with asyncio.timeout(60):
+            answer = b""
+            while not answer.startswith(b"HTTP/1.1 200 "):
+                with suppress(ConnectionError):  # turned away before it was heard
+                    answer = await exchange(url, request)
                 await asyncio.sleep(0.01)

@@ -40,6 +40,7 @@ class ScriptedWorker:
         self.subjects = subjects
         self.spec = worker_spec(name, **spec)
         self.rows: list[Row] = []
+        self.draining = False
         self.number = 0
 
     async def run(self) -> None:
@@ -58,7 +59,7 @@ class ScriptedWorker:
     async def report(self) -> None:
         """Send the next report."""
         self.number += 1
-        await self.tell(worker_report(self.spec, self.number, *self.rows))
+        await self.tell(worker_report(self.spec, self.number, *self.rows, draining=self.draining))
 
     async def tell(self, event: Message) -> None:
         """Publish an event to the schedulers; while the bus is down it is lost."""
@@ -73,7 +74,7 @@ async def place(bus: Bus, request: PlaceRequest, subjects: Subjects = SUBJECTS) 
 
 async def status(bus: Bus, subjects: Subjects = SUBJECTS) -> Status:
     """Ask for the cluster's state."""
-    return decode(STATUS, await bus.request(subjects.admin("status"), encode(StatusRequest()), 2.0))
+    return decode(STATUS, await bus.request(subjects.admin("status"), encode(StatusRequest()), 30.0))
 
 
 class Stage:

@@ -33,15 +33,13 @@ from mell_shared.messages.admin import (
 from mell_shared.messages.base import Message
 from mell_shared.messages.worker import WORKER_COMMAND, Drain, DrainRefused, DrainSet, SubmitAccepted, Undrain
 from mell_shared.testing import run_virtually
-from tests.scheduler.script import worker_report
-from tests.scheduler.stage import SUBJECTS, LoopClock, Stage, staged, until
+from tests.scheduler.stage import SUBJECTS, LoopClock, Stage, staged, status, until
 from tests.scheduler.test_live_and_simulated import MovingWorker
 
 
 class DrainedWorker(MovingWorker):
     """Drains as it is told, unless the test wants another answer."""
 
-    draining = False
     drains: list[Drain | Undrain]
     drain_answer: Message | bytes | None = None
 
@@ -58,11 +56,6 @@ class DrainedWorker(MovingWorker):
             answer = DrainSet(draining=self.draining, sequences=len(self.rows))
             await self.report()
         await self.bus.publish(delivery.reply_to, answer if isinstance(answer, bytes) else encode(answer))
-
-    async def report(self) -> None:
-        """Say that it drains."""
-        self.number += 1
-        await self.tell(worker_report(self.spec, self.number, *self.rows, draining=self.draining))
 
 
 async def ask(bus: Bus, request: AdminRequest, timeout_s: float = 3.0) -> AdminReply:
@@ -116,9 +109,8 @@ def test_a_drain_empties_a_worker_and_undrain_brings_it_back(tmp_path: Path) -> 
 
 async def states(bus: Bus) -> dict[str, str]:
     """How the scheduler sees each worker."""
-    status = await ask(bus, StatusRequest())
-    assert isinstance(status, Status)
-    return {worker.worker: worker.state for worker in status.workers}
+    seen = await status(bus)
+    return {worker.worker: worker.state for worker in seen.workers}
 
 
 @pytest.mark.parametrize(
@@ -165,13 +157,13 @@ def test_a_move_is_ordered_followed_explained_and_listed(tmp_path: Path) -> None
             explanation = await ask(bus, ExplainRequest(request="chatcmpl-1"))
             assert isinstance(explanation, Explanation)
             assert [h.what for h in explanation.stories[0].happenings][:3] == ["found", "moving", "moved"]
-            status = await ask(bus, StatusRequest(sequences=True))
-            assert isinstance(status, Status)
-            assert (status.moves_paused, status.migrated) == (True, 1)
-            assert [(move.reason, move.outcome, move.mode) for move in status.recent_moves] == [
+            seen = await ask(bus, StatusRequest(sequences=True))
+            assert isinstance(seen, Status)
+            assert (seen.moves_paused, seen.migrated) == (True, 1)
+            assert [(move.reason, move.outcome, move.mode) for move in seen.recent_moves] == [
                 ("manual", "committed", "tokens")
             ]
-            assert [(row.sequence, row.worker, row.moves) for row in status.sequences] == [("chatcmpl-1.0.0", "b", 1)]
+            assert [(row.sequence, row.worker, row.moves) for row in seen.sequences] == [("chatcmpl-1.0.0", "b", 1)]
             assert scheduler.metric("mell_scheduler_moves_paused") == 1
             assert workers["a"].rows == []
             scheduler.stop.set()
@@ -199,9 +191,8 @@ def test_failures_are_counted_by_reason() -> None:
             reply = await ask(bus, MigrateRequest(ask="x", request="s", target="b"))
             assert isinstance(reply, MigrateReply)
             assert (reply.moves[0].state, reply.moves[0].reason) == ("failed", "link")
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert [(failure.reason, failure.count) for failure in status.failures] == [("link", 1)]
+            seen = await status(bus)
+            assert [(failure.reason, failure.count) for failure in seen.failures] == [("link", 1)]
             assert scheduler.metric("mell_scheduler_migration_failures_total", reason="link") == 1
 
     run_virtually(main())
@@ -217,15 +208,13 @@ def test_only_the_leader_answers_operators() -> None:
             second = stage.scheduler("s2", lease=True)
             bus = stage.bus()
             await asyncio.sleep(1.0)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert status.scheduler == "s1"
+            seen = await status(bus)
+            assert seen.scheduler == "s1"
             first.stop.set()
             await first.task
             await asyncio.sleep(3.0)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert status.scheduler == "s2"
+            seen = await status(bus)
+            assert seen.scheduler == "s2"
             second.stop.set()
             await second.task
             with pytest.raises(NoResponderError):
@@ -248,18 +237,16 @@ def test_a_pause_outlasts_its_leader() -> None:
             first.stop.set()
             await first.task
             await asyncio.sleep(3.0)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert (status.scheduler, status.moves_paused) == ("s2", True)
+            seen = await status(bus)
+            assert (seen.scheduler, seen.moves_paused) == ("s2", True)
             third = stage.scheduler("s3", lease=True)
             await asyncio.sleep(1.0)
             await ask(bus, MovingRequest(paused=False))
             second.stop.set()
             await second.task
             await asyncio.sleep(3.0)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert (status.scheduler, status.moves_paused) == ("s3", False)
+            seen = await status(bus)
+            assert (seen.scheduler, seen.moves_paused) == ("s3", False)
             third.stop.set()
 
     run_virtually(main())
@@ -277,9 +264,8 @@ def test_a_pause_outlasts_the_only_scheduler() -> None:
                 await asyncio.sleep(1.5)
                 only.kept.reachable = True
                 await asyncio.sleep(1.5)
-                status = await ask(bus, StatusRequest())
-                assert isinstance(status, Status)
-                assert status.moves_paused is (number in (1, 2))
+                seen = await status(bus)
+                assert seen.moves_paused is (number in (1, 2))
                 assert await ask(bus, MovingRequest(paused=paused)) == MovingReply(paused=paused)
                 only.stop.set()
                 await only.task
@@ -340,9 +326,8 @@ def test_a_pause_that_is_not_kept_is_told_so() -> None:
             await asyncio.sleep(1.0)
             bus = stage.bus()
             assert await ask(bus, MovingRequest(paused=True)) == MovingReply(paused=True, kept=False)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert status.moves_paused
+            seen = await status(bus)
+            assert seen.moves_paused
 
     run_virtually(main())
 
@@ -365,9 +350,8 @@ def test_a_scheduler_that_cannot_listen_at_first_hears_pauses_later() -> None:
             first.stop.set()
             await first.task
             await asyncio.sleep(3.0)
-            status = await ask(bus, StatusRequest())
-            assert isinstance(status, Status)
-            assert (status.scheduler, status.moves_paused) == ("s2", True)
+            seen = await status(bus)
+            assert (seen.scheduler, seen.moves_paused) == ("s2", True)
 
     run_virtually(main())
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -14,9 +13,10 @@ from mell_shared.bus import Bus
 from mell_shared.memory_bus import MemoryBroker, MemoryBus
 from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_server import NatsServer
+from tests.processes import stands_still
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return as soon as `condition` holds; the timeout only ends a test that has failed."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for sets no event
@@ -26,12 +26,7 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> 
 async def freeze(server: NatsServer) -> None:
     """Make the server stand still: its port accepts and its connections stay, but nothing is answered."""
     os.kill(server.pid, signal.SIGSTOP)
-    await eventually(
-        lambda: all(
-            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-            for task in Path(f"/proc/{server.pid}/task").iterdir()
-        )
-    )
+    await eventually(lambda: stands_still(server.pid))
 
 
 class BusHarness(Protocol):

@@ -57,7 +57,18 @@ async def check_works(bus: Bus) -> None:
         await bus.publish(delivery.reply_to, delivery.data * 2)
 
     await bus.subscribe("twice", answer)
-    assert await bus.request("twice", b"ab", 5.0) == b"abab"
+    assert await bus.request("twice", b"ab", 60.0) == b"abab"
+
+
+async def refusals(*attempts: tuple[str, BrokerAccess]) -> list[str]:
+    """Try to connect, all at once, for long enough to hear why it is refused; return what each is told."""
+
+    async def told(url: str, access: BrokerAccess) -> str:
+        with pytest.raises(BrokerUnreachableError) as caught:
+            await NatsBus.connect(url, access=access, timeout_s=5.0)
+        return str(caught.value)
+
+    return await asyncio.gather(*(told(*attempt) for attempt in attempts))
 
 
 async def test_over_tls(tls_server: NatsServer, certificates: Certificates) -> None:
@@ -69,9 +80,9 @@ async def test_over_tls(tls_server: NatsServer, certificates: Certificates) -> N
     bus.on_reconnect(again.set)
     tls_server.kill()
     tls_server.start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await again.wait()
-    assert await bus.request("twice", b"c", 5.0) == b"cc"
+    assert await bus.request("twice", b"c", 60.0) == b"cc"
     await bus.close()
 
 
@@ -79,10 +90,10 @@ async def test_a_broker_of_another_authority_is_not_trusted(tls_server: NatsServ
     """A certificate that the given authority, or the system, did not sign ends the connection in one line."""
     other = tmp_path / "other.pem"
     trustme.CA().cert_pem.write_to_path(other)
-    for access in (BrokerAccess(tls_ca=other), BrokerAccess()):
-        with pytest.raises(BrokerUnreachableError, match=r"(?i)certificate verify failed") as caught:
-            await NatsBus.connect(f"tls://{tls_server.address}", access=access, timeout_s=1.0)
-        assert "\n" not in str(caught.value)
+    url = f"tls://{tls_server.address}"
+    for told in await refusals((url, BrokerAccess(tls_ca=other)), (url, BrokerAccess())):
+        assert "certificate verify failed" in told.lower()
+        assert "\n" not in told
 
 
 async def test_a_broker_without_tls_gets_no_password(nats_server: NatsServer, certificates: Certificates) -> None:
@@ -96,13 +107,12 @@ async def test_a_broker_without_tls_gets_no_password(nats_server: NatsServer, ce
 
     impostor = await asyncio.start_server(pretend, "127.0.0.1", 0)
     address = f"127.0.0.1:{impostor.sockets[0].getsockname()[1]}"
-    for url, access in (
+    for told in await refusals(
         (f"tls://me:secret@{address}", BrokerAccess()),
         (f"nats://me:secret@{address}", BrokerAccess(tls_ca=certificates.ca)),
         (nats_server.url, BrokerAccess(tls_ca=certificates.ca)),
     ):
-        with pytest.raises(BrokerUnreachableError, match="offers no TLS"):
-            await NatsBus.connect(url, access=access, timeout_s=0.5)
+        assert "offers no TLS" in told
     impostor.close()
     await impostor.wait_closed()
     assert heard
@@ -116,8 +126,7 @@ async def test_a_broker_may_ask_for_a_certificate(certificates: Certificates, tm
         bus = await NatsBus.connect(url, access=BrokerAccess(tls_ca=certificates.ca, tls_cert=certificates.client))
         await check_works(bus)
         await bus.close()
-        with pytest.raises(BrokerUnreachableError):
-            await NatsBus.connect(url, access=BrokerAccess(tls_ca=certificates.ca), timeout_s=1.0)
+        await refusals((url, BrokerAccess(tls_ca=certificates.ca)))
 
 
 def seed_file(path: Path, pair: nkeys.KeyPair) -> Path:
@@ -143,9 +152,8 @@ async def test_an_nkey_opens_the_broker(tmp_path: Path) -> None:
         await check_works(bus)
         await bus.close()
         other = BrokerAccess(nkey_seed_file=seed_file(tmp_path / "other", new_user()))
-        for access in (other, BrokerAccess()):
-            with pytest.raises(BrokerUnreachableError, match="Authorization Violation"):
-                await NatsBus.connect(url, access=access, timeout_s=0.5)
+        for told in await refusals((url, other), (url, BrokerAccess())):
+            assert "Authorization Violation" in told
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from mell_shared.nats_bus import NatsBus
 from mell_shared.nats_key_value import NatsKeyValue
 from mell_shared.nats_server import NatsServer, NatsServerError
 from tests.conftest import BusFactory
+from tests.ports import free_port
 from tests.shared.conftest import eventually, freeze
 
 
@@ -33,12 +34,13 @@ def calm(*buses: NatsBus) -> None:
         bus.client.options["ping_interval"] = 2
 
 
-async def test_an_unreachable_broker_is_one_line_that_says_what_to_do(unused_tcp_port: int) -> None:
+async def test_an_unreachable_broker_is_one_line_that_says_what_to_do() -> None:
     """Where nobody listens the error names the place and the setting, in one line."""
+    port = free_port()
     with pytest.raises(BrokerUnreachableError) as caught:
-        await NatsBus.connect(f"nats://me:secret@127.0.0.1:{unused_tcp_port}", timeout_s=0.3)
+        await NatsBus.connect(f"nats://me:secret@127.0.0.1:{port}", timeout_s=0.3)
     told = str(caught.value)
-    assert f"nats://127.0.0.1:{unused_tcp_port}" in told
+    assert f"nats://127.0.0.1:{port}" in told
     assert "MELL_NATS_URL" in told
     assert "\n" not in told
     assert "secret" not in told
@@ -48,7 +50,7 @@ async def test_a_wrong_password_is_told(nats_server: NatsServer) -> None:
     """The broker's refusal is in the error; the password is not."""
     url = nats_server.url.replace("nats://mell:", "nats://mell:wrong")
     with pytest.raises(BrokerUnreachableError, match="Authorization Violation") as caught:
-        await NatsBus.connect(url, timeout_s=0.3)
+        await NatsBus.connect(url, timeout_s=5.0)
     assert "wrong" not in str(caught.value)
 
 
@@ -83,17 +85,17 @@ async def test_a_malformed_address_is_told(url: str) -> None:
         await NatsBus.connect(url, timeout_s=0.3)
 
 
-async def test_a_server_that_says_nothing_is_given_up(unused_tcp_port: int) -> None:
+async def test_a_server_that_says_nothing_is_given_up() -> None:
     """A port that accepts and stays silent ends in the same error, within the time given."""
-    with socket.create_server(("127.0.0.1", unused_tcp_port)), pytest.raises(BrokerUnreachableError, match="no answer"):
-        await NatsBus.connect(f"nats://127.0.0.1:{unused_tcp_port}", timeout_s=0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(BrokerUnreachableError, match="no answer"):
+        await NatsBus.connect(f"nats://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
 
 
 async def test_the_bus_connects_when_the_broker_comes_late(tmp_path: Path) -> None:
     """A broker that starts within the time given is found: services may start in any order."""
     with NatsServer(tmp_path) as server:
         server.kill()
-        connecting = asyncio.create_task(NatsBus.connect(server.url, timeout_s=10))
+        connecting = asyncio.create_task(NatsBus.connect(server.url, timeout_s=60))
         await asyncio.sleep(0.1)
         server.start()
         bus = await connecting
@@ -113,7 +115,7 @@ async def test_what_was_accepted_but_not_sent_is_not_sent_later(
 
     The pings notice the standstill, as they must: no byte arrives and no error is reported by the socket.
     """
-    monkeypatch.setattr(nats_bus, "_PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(nats_bus, "_PING_INTERVAL_S", 0.5)
     late: list[bytes] = []
 
     async def keep(delivery: Delivery) -> None:
@@ -132,7 +134,8 @@ async def test_what_was_accepted_but_not_sent_is_not_sent_later(
         calm(source, target)
         server.kill()
         server.start()
-        await eventually(lambda: source.connected and target.connected and target.stats.reconnections == 1)
+        await eventually(lambda: source.connected and target.connected and target.stats.reconnections >= 1)
+        await target.flush()  # the broker knows of its subscription again
         await source.publish("s", b"fresh")
         await eventually(lambda: b"fresh" in late)
         assert late == [b"fresh"]
@@ -181,7 +184,7 @@ async def test_a_dead_connection_with_unsent_bytes_is_replaced(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the pings tell that a connection is dead, a new one is made without emptying the old one first."""
-    monkeypatch.setattr(nats_bus, "_PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(nats_bus, "_PING_INTERVAL_S", 0.5)
     address = nats_server.url.rpartition(":")
     proxy = Proxy(int(address[2]))
     listening = await proxy.serve()
@@ -192,7 +195,7 @@ async def test_a_dead_connection_with_unsent_bytes_is_replaced(
         await asyncio.sleep(0.01)
     await eventually(lambda: not bus.connected)
     calm(bus)
-    await eventually(lambda: bus.stats.reconnections == 1)
+    await eventually(lambda: bus.stats.reconnections >= 1 and bus.connected)
     await bus.flush()
     await bus.close()
     listening.close()
@@ -231,7 +234,7 @@ async def test_a_subscription_the_broker_does_not_confirm_leaves_nothing(
         os.kill(server.pid, signal.SIGCONT)
         await bus.flush()
         with pytest.raises(NoResponderError):
-            await bus.request("s", b"", 5.0)
+            await bus.request("s", b"", 60.0)
         await bus.close()
     assert not heard
 
@@ -255,7 +258,7 @@ async def test_a_publisher_that_waits_for_the_socket_can_be_cancelled(
         await asyncio.sleep(0.1)
         publishing.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(publishing, 10)
+            await asyncio.wait_for(publishing, 60)
         server.kill()
         await bus.close()
 
@@ -268,7 +271,7 @@ async def test_closing_does_not_wait_long_for_a_broker_that_stands_still(
     with NatsServer(tmp_path) as server:
         bus = await NatsBus.connect(server.url)
         await freeze(server)
-        await asyncio.wait_for(bus.close(), 10)
+        await asyncio.wait_for(bus.close(), 60)
         os.kill(server.pid, signal.SIGCONT)
     assert bus.stats.errors["RequestTimeoutError"] == 1
     assert not bus.client.is_connected
@@ -316,7 +319,7 @@ async def test_failed_requests_leave_nothing_behind(connect_bus: BusFactory) -> 
     await bus.subscribe("silent", Silent())
     for attempt in (
         bus.request("silent", b"", 0.01),
-        bus.request("nobody", b"", 5.0),
+        bus.request("nobody", b"", 60.0),
         bus.request("silent", bytes(bus.max_payload + 1), 5.0),
         bus.request("a b", b"", 5.0),
     ):
@@ -395,7 +398,7 @@ async def test_being_thrown_out_for_good_reaches_the_watcher(connect_bus: BusFac
     watching = asyncio.create_task(bus.watch())
     bus._client._transport.write(b"NONSENSE\r\n")  # type: ignore[union-attr]
     with pytest.raises(BusClosedError, match="unknown protocol operation"):
-        await asyncio.wait_for(watching, 10)
+        await asyncio.wait_for(watching, 60)
     with pytest.raises(BusClosedError):
         await bus.publish("x", b"")
 
@@ -434,7 +437,7 @@ def test_the_bus_survives_its_broker_on_uvloop_too(tmp_path: Path) -> None:
         NatsServer(tmp_path) as server,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        patch.setattr(nats_bus, "_PING_INTERVAL_S", 0.1)
+        patch.setattr(nats_bus, "_PING_INTERVAL_S", 0.5)
         assert runner.run(scenario(server)) == [b"last"]
 
 
@@ -456,7 +459,7 @@ def test_a_socket_that_has_just_closed_is_a_lost_connection_on_uvloop_too(tmp_pa
             lambda: store.read("key", 0.5),
         ]
         try:
-            await store.read("key", 5.0)
+            await store.read("key", 60.0)
             known = len(bus._client._subs)
             for attempt in attempts:
                 before = bus.stats.reconnections

@@ -11,7 +11,7 @@ from mell_shared.nats_server import NatsServer
 from tests.conftest import BusFactory
 from tests.shared.conftest import freeze
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 async def test_a_broker_that_stands_still_costs_the_time_out(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_signal_stops_a_service_cleanly(number: signal.Signals) -> None:
         assert service.stdout is not None
         assert service.stdout.readline() == "ready uvloop\n"
         service.send_signal(number)
-        out, err = service.communicate(timeout=30)
+        out, err = service.communicate(timeout=60)
     assert (service.returncode, out, err) == (0, "stopping\nstopped\n", "")
 
 
@@ -58,7 +58,7 @@ def test_a_service_runs_without_uvloop() -> None:
         assert service.stdout is not None
         assert service.stdout.readline().startswith("ready asyncio")
         service.terminate()
-        service.communicate(timeout=30)
+        service.communicate(timeout=60)
     assert service.returncode == 0
 
 
@@ -70,7 +70,7 @@ def test_a_second_signal_ends_a_service_that_hangs() -> None:
         service.terminate()
         assert service.stdout.readline() == "stopping\n"
         service.send_signal(signal.SIGINT)
-        service.communicate(timeout=30)
+        service.communicate(timeout=60)
     assert service.returncode == 128 + signal.SIGINT
 
 
@@ -81,14 +81,14 @@ def test_a_second_signal_ends_a_service_that_hangs() -> None:
 def test_a_service_that_cannot_start_says_why_in_one_line(kind: str, told: str) -> None:
     """What the user can repair is one line on stderr and exit code 1."""
     with start(kind) as service:
-        out, err = service.communicate(timeout=30)
+        out, err = service.communicate(timeout=60)
     assert (service.returncode, out, err) == (1, "", told)
 
 
 def test_a_bug_ends_a_service_with_its_traceback() -> None:
     """Anything else is shown in full and the exit code is not 0."""
     with start("bug") as service:
-        _, err = service.communicate(timeout=30)
+        _, err = service.communicate(timeout=60)
     assert service.returncode == 1
     assert "ZeroDivisionError" in err
     assert "Traceback" in err
@@ -116,7 +116,7 @@ def test_a_child_dies_with_its_parent() -> None:
 
 async def ended(pid: int) -> None:
     """Return when the process `pid` is gone or waits for its new parent to notice."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while _state(pid) not in ("", "Z"):  # noqa: ASYNC110 - another process sets no event of ours
             await asyncio.sleep(0.01)
 
@@ -140,7 +140,7 @@ def test_the_loop_is_left_as_it_was() -> None:
 
     async def main(stop: asyncio.Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await stop.wait()
 
     run_service(main)

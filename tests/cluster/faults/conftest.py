@@ -7,8 +7,8 @@ import pytest
 
 from tests.cluster.faults.scene import Scene
 
-_MOST_S = 300
-"""Of one test with its scene: half a dozen processes start, which on a busy machine takes a minute."""
+_MOST_S = 600
+"""Of one test with its scene: half a dozen processes start, which on a busy machine takes minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

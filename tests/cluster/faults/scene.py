@@ -12,6 +12,7 @@ from tests.cluster.faults.crowd import STORIES, TOKENS, Crowd, ask_for
 from tests.cluster.faults.rows import FIGURES
 from tests.cluster.faults.struck_worker import STRUCK
 from tests.cluster.stack import QUICK, Service, Stack, chat, eventually
+from tests.processes import stands_still
 
 STEP_US = 20_000
 _FLAGS = ("--fake-kv-bytes-per-token", "4096", "--chunk-bytes", "65536", "--lane-probes", "0", "--transport", "tcp")
@@ -19,14 +20,15 @@ _PATIENT = {"MELL_PLACE_DEADLINE_S": "60", "MELL_WORKER_GRACE_S": "60"}
 """A process that starts in the place of one that is gone may take its time on a busy machine."""
 _FIGURES = {"MELL_LOG_FORMAT": "json", "MELL_PROFILE_S": "0"} | _PATIENT
 """Settings as users have them, for figures; tests take quicker ones."""
-_QUICK = QUICK | {"MELL_FRONTEND_SILENCE_S": "3"} | _PATIENT
+_QUICK = QUICK | {"MELL_WORKER_SILENCE_S": "1.5", "MELL_FRONTEND_SILENCE_S": "3"} | _PATIENT
+"""Whoever is taken for dead by mistake costs work here, no text."""
 
 
 class Scene:
     """A broker, and what a test starts on it; gone when the context is left."""
 
-    def __init__(self, folder: Path) -> None:
-        self.stack = Stack(folder, _FIGURES if FIGURES else _QUICK)
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.stack = Stack(folder, _FIGURES if FIGURES else _QUICK | settings)
         self.stories: list[str] = []
         self.well: list[Service] = []
         """Workers that nothing happens to unasked."""
@@ -155,8 +157,7 @@ def worker_id(worker: Service) -> str:
 
 def standing(service: Service) -> bool:
     """Whether every thread of a process stands still."""
-    tasks = Path(f"/proc/{service.process.pid}/task")
-    return all((t / "stat").read_text().rpartition(")")[2].split()[0] == "T" for t in tasks.iterdir())
+    return stands_still(service.process.pid)
 
 
 def freeze(service: Service) -> None:

@@ -18,7 +18,7 @@ CLIENTS = 6
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A whole stack as users have it, of three workers, to be restarted piece by piece."""
-    with Scene(tmp_path_factory.mktemp("rolling")) as scene:
+    with Scene(tmp_path_factory.mktemp("rolling"), MELL_WORKER_SILENCE_S="60", MELL_FRONTEND_SILENCE_S="60") as scene:
         scheduler = scene.stack.start_scheduler()
         scene.well = [scene.worker(f"worker-{n}") for n in range(3)]
         scene.serve(scheduler, *scene.well)
@@ -30,9 +30,9 @@ def drained(stage: Scene, worker: Service) -> None:
     """As an operator does it: `mell drain`, wait until it is empty, SIGTERM."""
     assert stage.frontend is not None
     environment = os.environ | {"MELL_URL": stage.frontend.ready()["url"]}
-    flags = ["--deadline", "30s", "--wait", "--timeout", "60s", "--json"]
+    flags = ["--deadline", "60s", "--wait", "--timeout", "90s", "--json"]
     command = [sys.executable, "-m", "mell_console", "drain", worker_id(worker), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=90)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
     worker.ask_to_stop()

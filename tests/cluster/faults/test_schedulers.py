@@ -109,8 +109,9 @@ def test_without_any_scheduler_what_runs_ends_well_and_new_requests_are_told(sta
     """A 503 that says why and when to come back, after `place_deadline_s`; nothing that runs notices."""
     flags = ["--models", "fake", "--port", "0", "--place-deadline-s", "1"]
     impatient = stage.stack.start("mell_frontend", *flags)
-    with stage.stack.client(impatient) as client:
-        running = StreamedChat(client, 400)
+    assert stage.frontend is not None
+    with stage.stack.client(stage.frontend) as patient, stage.stack.client(impatient) as client:
+        running = StreamedChat(patient, 1_000)
         running.read(20)
         leader.kill()
         body = {"model": "fake", "prompt": "x", "max_tokens": 1}
@@ -119,7 +120,7 @@ def test_without_any_scheduler_what_runs_ends_well_and_new_requests_are_told(sta
         assert "scheduler" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) >= 1
         assert not running.done, "all this happened in mid-stream"
-        assert len(running.read()) == 400
+        assert len(running.read()) == 1_000
     stage.stop(impatient)
 
 

@@ -97,7 +97,7 @@ class Stage:
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Wait for it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():
                 assert not self.running.done(), self.running
                 await asyncio.sleep(0.002)

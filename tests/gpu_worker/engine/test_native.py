@@ -245,7 +245,7 @@ def test_several_processes_build_once(tmp_path: Path) -> None:
     workers = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cache")], env=environment) for _ in range(3)
     ]
-    assert [worker.wait(timeout=100) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(timeout=240) for worker in workers] == [0, 0, 0]
     assert (tmp_path / "runs").read_text() == "run\n"
 
 

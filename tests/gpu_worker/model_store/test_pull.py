@@ -71,7 +71,7 @@ def test_concurrent_pulls_build_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert folders == [tmp_path / "tiny"] * 3
     assert sum(stage.startswith("downloading") for stage, _ in told) == 1
 

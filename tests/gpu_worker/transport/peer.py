@@ -34,9 +34,12 @@ class Peer:
                 return {"slots": list((await self._incoming.receive(LONG_S)).slots)}
             case {"contents": _}:
                 return {"right": [data == pattern(slot, len(data)) for slot, data in enumerate(self._buffers)]}
-            case {"connect": address, "secret": secret, "sizes": sizes}:
+            case {"fill": sizes}:
                 self._buffers = [pattern(slot, size) for slot, size in enumerate(sizes)]
-                self._outgoing = await self._transport.connect(address, bytes.fromhex(secret), sum(sizes), LONG_S)
+                return {"filled": True}
+            case {"connect": address, "secret": secret}:
+                size_bytes = sum(map(len, self._buffers))
+                self._outgoing = await self._transport.connect(address, bytes.fromhex(secret), size_bytes, LONG_S)
                 return {"connected": True}
             case {"send": slots}:
                 assert self._outgoing is not None

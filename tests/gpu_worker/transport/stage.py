@@ -17,12 +17,13 @@ from mell_gpu_worker.transport.memory import MemoryLink, MemoryNetwork, MemoryTr
 from mell_gpu_worker.transport.tcp import TcpTransport, open_link
 from mell_gpu_worker.transport.ucx import UcxTransport
 from tests.gpu_worker.transport.peer import Peer
+from tests.processes import stands_still
 
 _UCX_WORKER_DESCRIPTORS = 8
-OPTIONS = TransportOptions(ucx_net_devices="lo", ucx_tls="tcp", hello_timeout_s=1.0)
+OPTIONS = TransportOptions(ucx_net_devices="lo", ucx_tls="tcp", hello_timeout_s=60.0)
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return as soon as `condition` holds; the timeout only ends a test that has failed."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for sets no event
@@ -130,10 +131,7 @@ class ProcessWorker:
     async def stop(self) -> None:
         """SIGSTOP; returns when every thread stands."""
         self._process.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self._process.pid}/task")
-        await eventually(
-            lambda: all((t / "stat").read_text().rpartition(")")[2].split()[0] == "T" for t in tasks.iterdir())
-        )
+        await eventually(lambda: stands_still(self._process.pid))
 
     def go_on(self) -> None:
         """SIGCONT."""
@@ -210,11 +208,11 @@ class Stage:
         self._others.clear()
         self._network = MemoryNetwork()
         await asyncio.sleep(0)
-        assert len(asyncio.all_tasks()) <= 2, asyncio.all_tasks()
+        await eventually(lambda: len(asyncio.all_tasks()) <= 2)
         # UCX keeps a worker, with its own descriptors but no connections, once it has aborted a transfer half-way.
         allowed = self._descriptors + (_UCX_WORKER_DESCRIPTORS * opened if self.kind == "ucx" else 0)
         # Garbage is collected only if need be: with all the other tests' libraries loaded that takes half a second.
-        await eventually(lambda: descriptors() <= allowed or (gc.collect() >= 0 and descriptors() <= allowed), 5.0)
+        await eventually(lambda: descriptors() <= allowed or (gc.collect() >= 0 and descriptors() <= allowed))
 
 
 def descriptors() -> int:

@@ -38,8 +38,9 @@ class Arriving:
         """Return the source, in mid-transfer."""
         self.target = await self.stage.transport()
         other = await self.stage.other()
+        await other.ask(fill=SIZES)  # which takes a while, before the offer's lifetime begins
         self.incoming = self.target.offer(self.secret, self.buffers, self.lifetime_s)
-        assert "connected" in await other.ask(connect=self.target.address, secret=self.secret.hex(), sizes=SIZES)
+        assert "connected" in await other.ask(connect=self.target.address, secret=self.secret.hex())
         self.sending = asyncio.create_task(other.ask(send=list(range(SLOTS))))
         async with asyncio.timeout(LONG_S):
             while not self.buffers[1][-1] and not self.buffers[1][-2]:  # noqa: ASYNC110 - a chunk sets no event
@@ -254,7 +255,7 @@ async def test_nobody_there(stage: Stage) -> None:
     address = gone.address
     await gone.close()
     with pytest.raises(TransportError):
-        await source.connect(address, secrets.token_bytes(32), 5, 5.0)
+        await source.connect(address, secrets.token_bytes(32), 5, LONG_S)
     with pytest.raises(TransportError, match="one transport"):
         await source.connect("other://127.0.0.1:5", secrets.token_bytes(32), 5, 5.0)
 

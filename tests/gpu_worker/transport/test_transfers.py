@@ -112,7 +112,8 @@ async def test_a_whole_transfer_from_another_worker(stage: Stage) -> None:
     buffers = [bytearray(size) for size in ODD]
     incoming = target.offer(secret, buffers, LONG_S)
     assert not incoming.connected
-    assert await other.ask(connect=target.address, secret=secret.hex(), sizes=ODD) == {"connected": True}
+    await other.ask(fill=ODD)
+    assert await other.ask(connect=target.address, secret=secret.hex()) == {"connected": True}
     assert incoming.connected
     assert await other.ask(send=list(range(len(ODD)))) == {"size_bytes": sum(ODD)}
     assert (await incoming.receive(LONG_S)).size_bytes == sum(ODD)

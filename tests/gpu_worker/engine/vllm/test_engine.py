@@ -202,9 +202,10 @@ def test_memory_is_measured(server: FakeVllm, start_engine: StartEngine) -> None
     server.knobs.other_blocks, server.knobs.waiting, server.knobs.token_s = 40, 3, 0.002
     each = job(PROMPT, GREEDY)
     Looks(engine).run({"s": each}, 20)
+    least = server.used_blocks
     measured = engine.measure()
     assert measured.waiting == 3
-    assert 42 <= measured.used_blocks <= 50
+    assert 42 <= least <= measured.used_blocks <= server.used_blocks
     assert measured.step_us >= 2000
 
 
