@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-# How long `make soak` looks, in each of its two parts; SEEDS says instead how many seeds.
+# How long `make soak` looks in simulation and protocol, each; SEEDS says instead how many seeds. Then come properties, with
+# other examples than those of `make test`.
 MINUTES ?= 30
+EXPLORE := --hypothesis-profile=explore
 
 .PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload reliability docker-test gpu-test vllm-test clean
 
@@ -33,6 +35,7 @@ test: venv
 soak: venv
 	$(BIN)/python -m tests.cluster.simulation soak $(if $(SEEDS),--seeds $(SEEDS),--minutes $(MINUTES)) $(ARGS)
 	$(BIN)/python -m tests.cluster.protocol --minutes $(MINUTES)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(EXPLORE) --timeout 0 $$(grep -rl hypothesis tests --include='test_*.py')
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -59,7 +62,7 @@ bench-gpu: venv
 # FACTOR times as many inputs as within `make test`; prints how many were tried of what.
 FACTOR ?= 100
 fuzz: venv
-	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest --timeout 0 $(ARGS) tests/fuzz
+	MELL_FUZZ_FACTOR=$(FACTOR) $(BIN)/python -m pytest $(EXPLORE) --timeout 0 $(ARGS) tests/fuzz
 
 soak-overload: venv
 	$(BIN)/python -m pytest -m benchmark -s $(ARGS) tests/benchmarks/bench_overload.py

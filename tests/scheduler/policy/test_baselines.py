@@ -147,6 +147,19 @@ def test_load_balance_drain_empties_the_least_loaded() -> None:
     assert policy.epoch(1_000_000) == []
 
 
+def test_load_balance_drain_counts_the_step_time_of_every_item() -> None:
+    """Two items go where each alone has room: together they are too many for a step."""
+    policy = make_policy("load-balance-drain", PolicySettings(head_room=0.1))
+    for gpu_id in ("g0", "g1"):
+        policy.add_gpu(GpuSpec(gpu_id, 96, step=StepProfile(1_000, 50, 10, 2_000)))
+    for item_id, size, gpu_id in (("a", 49, "g0"), ("b", 1, "g0"), ("c", 18, "g1"), ("d", 13, "g1")):
+        policy.place(Item(item_id, size), gpu_id)
+    assert policy.epoch(0) == []
+    policy.depart("b")
+    assert {move.item_id for move in policy.epoch(10_000_000)} == {"c", "d"}
+    assert policy.overloaded() == []
+
+
 def test_an_unknown_policy_is_named() -> None:
     """A wrong name raises an error that lists the right ones."""
     with pytest.raises(ValueError, match=r"unknown policy 'magic': choose one of .*repack"):

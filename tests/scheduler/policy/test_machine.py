@@ -208,10 +208,12 @@ class PolicyMachine(RuleBasedStateMachine):
             assert not idle or not self.policy.items_on(gpu_id)
 
 
+STEP = StepProfile(1_000, 50, 10, 2_000)
 VARIANTS = {
     "both ends held": (PolicySettings(), None),
     "instant moves": (PolicySettings(hold_both_ends=False, cooldown_epochs=3), None),
-    "two capacities": (PolicySettings(head_room=0.1), StepProfile(1_000, 50, 10, 2_000)),
+    "two capacities": (PolicySettings(head_room=0.1), STEP),
+    "two capacities, instant moves": (PolicySettings(hold_both_ends=False, cooldown_epochs=1), STEP),
 }
 
 

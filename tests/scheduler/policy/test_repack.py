@@ -117,6 +117,18 @@ class TestConsolidation:
         few = replace(SETTINGS, max_moved_blocks_per_epoch=20)
         assert cluster({"a": 60}, {"b": 30}, settings=few).epoch(0) == []
 
+    def test_each_item_costs_step_time_where_a_gpu_is_to_be_emptied(self) -> None:
+        """Beside two items one more has time, not two, however small: three do not fit onto two such GPUs."""
+        policy = make_policy("repack", SETTINGS)
+        for gpu_id, sizes in {"g0": (20, 20), "g1": (20, 20), "g2": (10, 10, 10)}.items():
+            policy.add_gpu(GpuSpec(gpu_id, 100, step=StepProfile(0, 300, 1, 1_000)))
+            for number, size in enumerate(sizes):
+                policy.place(Item(f"{gpu_id}.{number}", size), gpu_id)
+        assert policy.epoch(0) == []
+        policy.depart("g2.2")
+        assert consolidations(policy.epoch(1)) == [("g2.0", "g0"), ("g2.1", "g1")]
+        assert policy.overloaded() == []
+
     def test_a_period_spaces_consolidations(self) -> None:
         """With a period, GPUs are emptied that far apart."""
         spaced = replace(SETTINGS, repack=replace(REPACK, period_us=5_000_000))

@@ -61,3 +61,17 @@ def test_what_others_moved_rests_too() -> None:
     policy.rest("small")
     planned = [policy.epoch(second * 1_000_000) for second in range(1, 6)]
     assert [len(moves) for moves in planned] == [0, 0, 0, 1, 0]
+
+
+def test_what_rests_makes_no_room_for_another() -> None:
+    """A plan of `mell` that would need what has just moved to leave again is not begun, and is no overload."""
+    policy = make_policy("mell", PolicySettings(hold_both_ends=False, cooldown_epochs=3))
+    for number in range(3):
+        policy.add_gpu(GpuSpec(f"g{number}", CAPACITY, "a", "host"))
+    for item_id, size, gpu_id in (("large", 48, "g0"), ("tiny", 1, "g0"), ("rests", 14, "g1"), ("small", 27, "g2")):
+        policy.place(Item(item_id, size, "a"), gpu_id)
+    assert [(move.item_id, move.target) for move in policy.epoch(0)] == [("rests", "g0")]
+    policy.moved("rests")
+    policy.place(Item("medium", 36, "a"), "g2")
+    policy.place(Item("new", 1, "a"), "g0")
+    assert policy.epoch(1) == []

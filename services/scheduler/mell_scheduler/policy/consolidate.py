@@ -104,8 +104,7 @@ def _with_steps(trial: Trial, source: int, items: list[ItemState], need: int = 0
         target = trial.tightest(item.planned, source)
         if target is None:
             continue
-        trial.move(item, target)
-        trial.change(source, item.planned)
+        trial.move(item, target, source)
         freed += item.planned
         if freed >= need:
             return trial

@@ -96,11 +96,13 @@ class Mell:
         """Read sizes, re-allocate, relieve, put in order; then begin the moves that fit."""
         del now_us
         touched = list(self._bins.values())
-        for unit in [unit for bin_ in touched for unit in self._read_sizes(bin_)]:
+        regraded = [unit for bin_ in touched for unit in self._read_sizes(bin_)]
+        over = {bin_.slot for bin_ in touched if bin_.over}
+        for unit in regraded:
             if unit.seq in unit.bin.units:
                 self._packing_of(unit.bin).regrade(unit)
         for bin_ in touched:
-            self._packing_of(bin_).relieve(bin_)
+            self._packing_of(bin_).relieve(bin_, Reason.OVERLOAD if bin_.slot in over else Reason.ATTACHED)
         for packing in self._packings.values():
             packing.restore()
         return [*self._begin_moves(), *self._relief.moves()]
@@ -144,10 +146,11 @@ class Mell:
 
     def _may_begin(self, unit: Unit, moves: list[Move]) -> bool:
         gpu = unit.bin.gpu
-        if self._cluster.hold_both_ends and is_over(
-            gpu.spec, gpu.used + gpu.other + unit.size, gpu.count + len(unit.members)
-        ):
-            return False
+        if self._cluster.hold_both_ends:
+            if is_over(gpu.spec, gpu.used + gpu.other + unit.size, gpu.count + len(unit.members)):
+                return False
+        elif unit.bin.over and not gpu.over:
+            return False  # what was to leave first has been planned back
         displaced = [m for m in unit.members.values() if m.gpu is not gpu]
         if unit.reason is not Reason.OVERLOAD and not all(self._cluster.may_move_rested(m) for m in displaced):
             return False
@@ -186,7 +189,7 @@ class Mell:
             def empty_bins(size: int) -> Iterator[Bin]:
                 return (self._bin(gpu) for gpu in self._cluster.standbys(model, size))
 
-            ports = Ports(empty_bins, self._usable, self._movable, self._next_seq)
+            ports = Ports(empty_bins, self._usable, self._movable, self._movable_at_need, self._next_seq)
             self._packings[model] = Packing(Shelf(), ports, self._settings.priority)
         return self._packings[model]
 
@@ -196,6 +199,9 @@ class Mell:
         return in_use and not gpu.paused and gpu.gpu_id in self._cluster.gpus
 
     def _movable(self, unit: Unit) -> bool:
+        return all(self._cluster.may_move_rested(member) for member in unit.members.values())
+
+    def _movable_at_need(self, unit: Unit) -> bool:
         return all(self._cluster.may_move(member) for member in unit.members.values())
 
     def _next_seq(self) -> int:

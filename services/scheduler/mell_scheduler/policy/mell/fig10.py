@@ -30,6 +30,9 @@ class Ports:
     """Standby bins that hold a size."""
     usable: Callable[[Bin], bool]
     movable: Callable[[Unit], bool]
+    """For any reason but an overload: its rest since the last move is over."""
+    movable_at_need: Callable[[Unit], bool]
+    """For an overload."""
     next_seq: Callable[[], int]
 
 
@@ -143,7 +146,7 @@ class Packing:
     def _put_evicting(self, unit: Unit, target: Bin) -> None:
         """Put a unit on a bin; T's that no longer fit beside it are allocated elsewhere."""
         short = unit.size - target.free
-        evicted = self._cheapest(target.of_class(SizeClass.T), short) if short > 0 else []
+        evicted = self._cheapest(target.of_class(SizeClass.T), short, self._ports.movable) if short > 0 else []
         sources = [self.take(t) for t in evicted]
         self.put(unit, target)
         for t, source in zip(evicted, sources, strict=True):
@@ -153,9 +156,10 @@ class Packing:
     def _room_with_eviction(self, bin_: Bin) -> int:
         return bin_.free + sum(t.size for t in bin_.of_class(SizeClass.T) if self._ports.movable(t))
 
-    def _cheapest(self, units: list[Unit], short: int) -> list[Unit]:
+    @staticmethod
+    def _cheapest(units: list[Unit], short: int, movable: Callable[[Unit], bool]) -> list[Unit]:
         """A cheap set of movable units that frees `short`: the smallest that does, else the largest first."""
-        left = sorted((u for u in units if self._ports.movable(u)), key=lambda u: (u.size, u.seq))
+        left = sorted((u for u in units if movable(u)), key=lambda u: (u.size, u.seq))
         chosen: list[Unit] = []
         while short > 0 and left:
             unit = next((u for u in left if u.size >= short), left[-1])
@@ -187,14 +191,18 @@ class Packing:
         alike = len(bin_.of_class(SizeClass.S, SizeClass.M)) == len(bin_.of_class(unit.cls))
         return alike and len(bin_.of_class(unit.cls)) <= QUOTA[unit.cls]
 
-    def relieve(self, bin_: Bin) -> None:
-        """End an overload: the cheapest set of units, the largest one excepted, is allocated elsewhere."""
+    def relieve(self, bin_: Bin, reason: Reason) -> None:
+        """End an overload: the cheapest set of units, the largest one excepted, is allocated elsewhere.
+
+        `reason` tells one that is there from one that only this plan would make.
+        """
         if not bin_.over or not self._ports.usable(bin_):
             return
         largest = max(bin_.units.values(), key=lambda u: (u.size, -u.seq))
         others = [u for u in bin_.units.values() if u is not largest]
-        for unit in self._cheapest(others, -bin_.free):
-            self.reallocate(unit, Reason.OVERLOAD, avoid=bin_)
+        movable = self._ports.movable_at_need if reason is Reason.OVERLOAD else self._ports.movable
+        for unit in self._cheapest(others, -bin_.free, movable):
+            self.reallocate(unit, reason, avoid=bin_)
 
     # --- depart, and whatever else leaves a bin out of order
 
