@@ -4,15 +4,28 @@ from hypothesis import strategies as st
 from mell_scheduler.core.pace import Pace
 from mell_shared.messages.scheduler import Rejected
 from tests.scheduler.script import SECOND, Script
-from tests.scheduler.test_core_queue import full_script
+from tests.scheduler.test_core_queue import full_script, hold_up
 
 
 def test_a_young_line_tells_nothing() -> None:
     """In its first two seconds a burst is let in, whatever has been served."""
     pace = Pace(0)
-    pace.add(SECOND)
+    for _ in range(4):
+        pace.add(SECOND)
     assert pace.wait_us(1_000, 2 * SECOND - 1) is None
-    assert pace.wait_us(10, 2 * SECOND) == 20 * SECOND
+    assert pace.wait_us(40, 2 * SECOND) == 20 * SECOND
+
+
+def test_few_places_tell_nothing_of_a_young_line() -> None:
+    """Answers that began together end together: until then the line stands, and will not for long."""
+    pace = Pace(0)
+    for number in range(3):
+        pace.add(number * SECOND)
+    assert pace.wait_us(30, 15 * SECOND - 1) is None
+    assert pace.wait_us(30, 15 * SECOND) == 150 * SECOND
+    pace = Pace(0)
+    assert pace.wait_us(30, 15 * SECOND - 1) is None
+    assert pace.wait_us(30, 15 * SECOND) == 450 * SECOND
 
 
 def test_the_wait_is_the_line_over_its_pace() -> None:
@@ -35,12 +48,13 @@ def test_the_pace_is_of_the_last_half_minute(steps_us: list[int], length: int) -
     wait_us = pace.wait_us(length, now_us)
     starts = [start for start in range(0, now_us + 1, 15 * SECOND) if now_us - start < 30 * SECOND]
     span_us = now_us - min(starts)
-    expected = length * span_us // max(1, sum(at_us >= min(starts) for at_us in added))
-    assert wait_us == (expected if span_us >= 2 * SECOND else None)
+    places = sum(at_us >= min(starts) for at_us in added)
+    known = span_us >= (2 if places >= 4 else 15) * SECOND
+    assert wait_us == (length * span_us // max(1, places) if known else None)
 
 
 def slow_script(**settings: int) -> Script:
-    """A cluster without room, whose line has been moving by one place each two seconds for ten."""
+    """A cluster without room, and six who wait."""
     script = full_script(queue_wait_us=10 * SECOND, queue_renew_us=100 * SECOND, **settings)
     for number in range(6):
         script.ask(f"s{number}", 1_500, 16)
@@ -50,23 +64,23 @@ def slow_script(**settings: int) -> Script:
 def test_nobody_joins_a_line_that_would_not_be_served_soon() -> None:
     """Refused with the time that the line takes; those who wait already stay."""
     script = slow_script()
-    script.wait(5)
+    hold_up(script, 15)
     reply = script.answer("late", 1_500, 16)
     assert isinstance(reply, Rejected)
-    assert (reply.reason, reply.retry_after_s) == ("queue_full", 35.0)
-    assert "about 35 s, over the limit of 10" in reply.message
+    assert (reply.reason, reply.retry_after_s) == ("queue_full", 60.0)
+    assert "about 105 s, over the limit of 10" in reply.message
     assert len(script.core.waiting) == 6
-    assert script.answer("s0", 1_500, 16, waited_s=5.0) is None
+    assert script.answer("s0", 1_500, 16, waited_s=15.0) is None
 
 
 def test_the_more_urgent_joins_in_the_last_one_s_stead() -> None:
     """As with a full queue, the last in order goes."""
     script = slow_script()
-    script.wait(5)
+    hold_up(script, 15)
     script.ask("urgent", 1_500, 16, priority=1)
     assert script.core.waiting.get("urgent") is not None
     assert script.core.waiting.get("s5") is None
-    assert isinstance(script.answer("s5", 1_500, 16, waited_s=5.0), Rejected)
+    assert isinstance(script.answer("s5", 1_500, 16, waited_s=15.0), Rejected)
 
 
 def test_without_the_limit_only_the_number_counts() -> None:
@@ -74,5 +88,5 @@ def test_without_the_limit_only_the_number_counts() -> None:
     script = full_script(queue_wait_us=0, queue_renew_us=100 * SECOND)
     for number in range(50):
         script.ask(f"s{number}", 1_500, 16)
-    script.wait(5)
+    hold_up(script, 15)
     assert script.answer("late", 1_500, 16) is None

@@ -3,6 +3,8 @@
 _HALF_US = 15_000_000
 _KNOWN_US = 2_000_000
 """Nothing is said of a line younger than this: it may be a burst that room is being made for right now."""
+_KNOWN_PLACES = 4
+"""Nor for its first 15 s by fewer places than this: those who began together may be about to end together."""
 
 
 class Pace:
@@ -29,9 +31,10 @@ class Pace:
         """
         self._roll(now_us)
         span_us = self._before_us + now_us - self._since_us
-        if span_us < _KNOWN_US:
+        places = self._before + self._now
+        if span_us < _KNOWN_US or (places < _KNOWN_PLACES and span_us < _HALF_US):
             return None
-        return length * span_us // max(1, self._before + self._now)
+        return length * span_us // max(1, places)
 
     def _roll(self, now_us: int) -> None:
         halves = (now_us - self._since_us) // _HALF_US
