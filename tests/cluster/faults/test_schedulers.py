@@ -163,14 +163,18 @@ def test_an_operator_s_move_outlasts_its_leader(stage: Scene, leader: Service, s
     slow.ready()
     assert stage.frontend is not None
     with stage.crowd(1) as crowd, stage.stack.client(stage.frontend) as client, ThreadPoolExecutor(1) as pool:
+        eventually(lambda: state_of(stage, slow) != "unknown", "the slow one is known")
+        stage.shut(slow)  # or the request might begin there
         moved = StreamedChat(client, 2_500, **ask_for(0))
         moved.read(20)
+        stage.open(slow)
         eventually(
             lambda: moved.id in {row["sequence"].partition(".")[0] for row in stage.status()["sequences"]}, "known"
         )
         order = {"to": worker_id(slow), "mode": "tokens", "wait_s": 60}
         asked = pool.submit(stage.admin, "POST", f"requests/{moved.id}/migrate", **order)
-        eventually(lambda: crowd.well() and stage.status().get("migrating"), "it moves")
+        eventually(lambda: crowd.well() and (asked.done() or stage.status().get("migrating")), "it moves")
+        assert not asked.done(), asked.result().text
         leader.kill()
         eventually(lambda: crowd.well() and leads(standby), "the standby leads")
         answer = asked.result(90)
