@@ -191,9 +191,10 @@ def test_structured_output_stays_where_it_began(
     assert (code, [move["state"] for move in moved["moves"]]) == (1, ["failed"])
     assert moved["moves"][0]["reason"] == "bound"
     chat.read(len(chat.text) + 5)
-    back = len(pairs[name].worker.events("engine_back"))
+    away, back = (len(pairs[name].worker.events(f"engine_{where}")) for where in ("away", "back"))
     pairs[name].server.kill()
     assert "could not go on" in chat.read_error()["message"]
+    eventually(lambda: len(pairs[name].worker.events("engine_away")) > away, "the server is missed")
     pairs[name].restart_server()
     eventually(lambda: len(pairs[name].worker.events("engine_back")) > back, "the worker finds its server again")
 

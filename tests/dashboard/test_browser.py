@@ -250,26 +250,27 @@ def test_requests_have_the_tone_of_their_class(context: BrowserContext, client: 
         "sequence": ["t", "s", "m"], "worker": [0] * 3, "target": [-1] * 3, "tokens": [9] * 3, "blocks": blocks,
         "state": [0] * 3,
     }  # fmt: skip
+    worker = state["status"]["workers"][0]["name"]
     page = shown(context, state)
     expect(page.locator("#keys [data-size]")).to_have_count(4)
     tones = page.locator("#keys [data-size]").evaluate_all("all => all.map(one => one.style.background)")
     assert len(set(tones)) == 4
     for end, size, tone, name in zip((100, 500, 1_081), blocks, tones, "TSM", strict=False):
         share = (end - size / 2) / 1_200
-        eventually(lambda: f"class {name}" in pointed_at(page, share), "a tip that tells the class")  # noqa: B023 - now
-        eventually(lambda: page.evaluate(HAS_COLOUR, [*place(page, share), tone]), "its tone")  # noqa: B023 - now
+        eventually(lambda: f"class {name}" in pointed_at(page, worker, share), "a tip that tells the class")  # noqa: B023 - now
+        eventually(lambda: page.evaluate(HAS_COLOUR, [*place(page, worker, share), tone]), "its tone")  # noqa: B023 - now
 
 
-def place(page: Page, share: float) -> tuple[float, float]:
-    """Where in the window a share of the first bar is, now: an alert that comes or goes moves it."""
-    box = page.locator(".gpu .bar").first.bounding_box()
+def place(page: Page, worker: str, share: float) -> tuple[float, float]:
+    """Where in the window a share of a worker's bar is, now: an alert that comes or goes moves it."""
+    box = page.locator(".gpu", has=page.get_by_text(worker, exact=True)).locator(".bar").bounding_box()
     assert box is not None
     return box["x"] + box["width"] * share, box["y"] + box["height"] / 2
 
 
-def pointed_at(page: Page, share: float) -> str:
+def pointed_at(page: Page, worker: str, share: float) -> str:
     """What the page says of that place, just come upon by the mouse."""
-    x, y = place(page, share)
+    x, y = place(page, worker, share)
     page.mouse.move(0, 0)
     page.mouse.move(x, y)
     return page.locator("#tip").text_content() or ""
