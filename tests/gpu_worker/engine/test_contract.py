@@ -1,9 +1,9 @@
 """What every engine behind a worker must do, and what it must do if it says that it can."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,9 +16,12 @@ from mell_shared.models import FAKE_EOS_ID, FAKE_MODEL
 from tests.vllm_process import VllmProcess
 from tests.vllm_server import FakeVllm
 
+from .families import FAMILIES, make_config, save_model
 from .looks import Looks, job
 
 TOKENS = 12
+END_OF_BYTES = 257
+"""The end token of `byte_tokenizer`."""
 PROMPT = list(b"The quick brown fox jumps over the lazy dog.")
 GREEDY = SamplingParams(temperature=0, seed=0, ignore_eos=True)
 RANDOM = SamplingParams(temperature=1.0, seed=7, ignore_eos=True)
@@ -30,9 +33,9 @@ class Subject:
     """An engine under test, and what its model knows."""
 
     engine: Engine
-    end_id: int | None = None
-    decode: Callable[[list[int]], str] | None = None
-    """Its model's tokenizer, without which grammars mean nothing."""
+    end_id: int
+    decode: Callable[[list[int]], str]
+    """By its model's tokenizer."""
 
     def looks(self) -> Looks:
         """Return a new run on it."""
@@ -42,6 +45,22 @@ class Subject:
 def _fake() -> Iterator[Subject]:
     options = EngineOptions(engine="fake", model=FAKE_MODEL, model_dir=Path(), kv_blocks=96, block_tokens=4)
     yield Subject(build_engine(options), FAKE_EOS_ID, lambda ids: bytes(ids).decode())
+
+
+@pytest.fixture(scope="session")
+def tiny_speaker(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path) -> Path:
+    """Return the folder of a tiny random model that has a tokenizer, of bytes, and an end token."""
+    folder = tmp_path_factory.mktemp("tiny_speaker")
+    save_model(make_config(**{**FAMILIES["llama"], "vocab_size": 259, "eos_token_id": END_OF_BYTES}), folder)
+    shutil.copytree(byte_tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _torch(folder: Path) -> Iterator[Subject]:
+    options = EngineOptions(
+        engine="torch", model=str(folder), model_dir=Path(), kv_blocks=96, block_tokens=4, threads=1, compile="off"
+    )
+    yield Subject(build_engine(options), END_OF_BYTES, Tokenizer.from_file(str(folder / "tokenizer.json")).decode)
 
 
 def _vllm() -> Iterator[Subject]:
@@ -59,14 +78,11 @@ def _real_vllm(server: VllmProcess) -> Iterator[Subject]:
 
 
 @pytest.fixture(params=["fake", "torch", "vllm", pytest.param("real-vllm", marks=pytest.mark.vllm)])
-def subject(request: pytest.FixtureRequest, tiny_models: Callable[[str], tuple[Path, Any]]) -> Iterator[Subject]:
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     """Each engine in turn, `vllm` before a server of ours that speaks as one of theirs, `real-vllm` before theirs."""
+    made: Iterator[Subject]
     if request.param == "torch":
-        folder, _ = tiny_models("llama")
-        options = EngineOptions(
-            engine="torch", model=str(folder), model_dir=Path(), kv_blocks=96, block_tokens=4, threads=1, compile="off"
-        )
-        made: Iterator[Subject] = iter([Subject(build_engine(options))])
+        made = _torch(request.getfixturevalue("tiny_speaker"))
     elif request.param == "real-vllm":
         made = _real_vllm(request.getfixturevalue("real_vllm"))
     else:
@@ -181,10 +197,6 @@ def test_a_bias_decides(subject: Subject) -> None:
 def test_no_end_token_before_min_tokens(subject: Subject) -> None:
     """`min_tokens` counts output from before, too; then the end token comes, and the engine may say so."""
     end_id = subject.end_id
-    if end_id is None:
-        pytest.skip(
-            "the tiny random model declares no end token to wait for; test_sampler.py holds min_tokens for torch"
-        )
     eager = SamplingParams(temperature=0, seed=0, min_tokens=4, logit_bias={end_id: 100.0})
     for given in ([], [70, 71]):
         each = job(PROMPT, eager, given)
@@ -201,10 +213,6 @@ def test_an_output_limit_is_not_overrun(subject: Subject) -> None:
 
 def test_grammars_are_obeyed_as_far_as_that_is_said(subject: Subject) -> None:
     """From the first token on by all that know any; in the midst of an output only where that is said."""
-    if subject.decode is None:
-        pytest.skip(
-            "the tiny random model has no tokenizer to read a grammar with; test_sampler.py holds grammars for torch"
-        )
     ruled = GREEDY.model_copy(update={"grammar": Grammar(text=OBJECT), "ignore_eos": False})
     assert subject.engine.check_grammar(OBJECT) is None
     each = job(PROMPT, ruled)

@@ -13,7 +13,7 @@ from mell_gpu_worker.engine.native.draw import NativeDraw
 
 Draw = Callable[[torch.Tensor, DrawParams], torch.Tensor]
 needs_compiler = pytest.mark.skipif(
-    not any(map(build.shutil.which, build._COMPILERS)), reason="there is no C++ compiler"
+    not any(map(build.shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
 )
 
 

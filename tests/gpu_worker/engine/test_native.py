@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 Made = Callable[[str], tuple[Path, Any]]
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(build.shutil.which, build._COMPILERS)), reason="there is no C++ compiler"
+    not any(map(build.shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
 )
 
 

@@ -14,7 +14,7 @@ from mell_gpu_worker.engine.paged_step import PagedStep
 from mell_gpu_worker.engine.reference_attention import ReferenceAttention
 
 pytestmark = pytest.mark.gpu
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies no bfloat16")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; Triton's interpreter has no bfloat16")
 
 PARTS = [(0, 13), (37, 1), (30, 22), (0, 1), (64, 1), (15, 2)]
 """(start, count) of rows that mix prefill, chunks and decode."""
