@@ -17,7 +17,9 @@ from pathlib import Path
 from mell_gpu_worker.engine.native.structs import Decoder, Draw, Layer, Pool, Step
 
 _SOURCE = Path(__file__).parent / "decoder.cpp"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# Aligned, for where the loops of a product happened to lie was worth a tenth of a step.
+_ALIGNED = ("-falign-functions=64", "-falign-loops=64")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *_ALIGNED)
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_TIMEOUT_S = 300
 

@@ -134,21 +134,12 @@ static void project(const Decoder& m, const Layer& layer, int64_t index, const P
   }
 }
 
-struct QueryTile {
-  Row row;
-  int64_t at;
-  int64_t queries;
-};
-
 static void attend(const Decoder& m, const Layer& layer, int64_t index, const Pool& pool,
                    const std::vector<QueryTile>& tiles, const Buffers& b, Scratch& scratch) {
   const Heads heads{m.heads, layer.window, layer.scaling};
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()) * pool.kv_heads; i++) {
-    const QueryTile& tile = tiles[i / pool.kv_heads];
-    attend_tile(pool, index, tile.row, tile.at, tile.queries, i % pool.kv_heads, heads, b.qkv, b.qkv_size, b.attended,
-                scratch);
-  }
+  for (size_t i = 0; i < tiles.size(); i++)
+    attend_tile(pool, index, tiles[i], heads, b.qkv, b.qkv_size, b.attended, scratch);
 }
 
 static void run_layer(const Decoder& m, int64_t index, const Pool& pool, const Step& s, const std::vector<Row>& row_of,
@@ -198,13 +189,19 @@ void mell_step(const mell::Decoder* decoder, const mell::Pool* pool, const mell:
   using namespace mell;
   std::vector<Row> row_of;
   std::vector<QueryTile> tiles;
-  const int64_t most = std::max<int64_t>(1, kQueryRows / (decoder->heads / pool->kv_heads));
+  const int64_t group = decoder->heads / pool->kv_heads, most = std::max<int64_t>(1, kQueryRows / group);
   const int64_t* table = step->tables;
   for (int64_t r = 0; r < step->rows; r++) {
     const int64_t first = static_cast<int64_t>(row_of.size());
     const Row row{first, step->positions[first], step->counts[r], table};
     table += step->lengths[r];
-    for (int64_t at = 0; at < row.count; at += most) tiles.push_back({row, at, std::min(most, row.count - at)});
+    for (int64_t at = 0; at < row.count; at += most) {
+      const int64_t queries = std::min(most, row.count - at);
+      // A position's KV heads lie beside each other: read at once where that leaves the threads enough to share.
+      const int64_t together = step->rows < 2 * step->threads ? 1 : std::max<int64_t>(1, kQueryRows / (queries * group));
+      for (int64_t head = 0; head < pool->kv_heads; head += together)
+        tiles.push_back({row, at, queries, head, std::min(together, pool->kv_heads - head)});
+    }
     row_of.insert(row_of.end(), row.count, row);
   }
   const Buffers buffers(*decoder, *pool, *step);
