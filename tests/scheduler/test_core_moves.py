@@ -422,6 +422,29 @@ def test_what_finds_no_room_in_the_boundaries_waits_for_another_epoch() -> None:
     assert orders(scene.second())
 
 
+@pytest.mark.parametrize(("limits", "most"), [({}, 4), ({"max_outgoing_moves": 2}, 2), ({"max_incoming_moves": 1}, 1)])
+def test_no_worker_is_ordered_more_moves_at_once_than_it_takes(limits: dict[str, int], most: int) -> None:
+    """A drain goes on as soon as one of its moves is over; without limits all are ordered at once."""
+    scene = Script("repack")
+    scene.send(LeadershipTaken(7))
+    scene.join("a", migration_modes=KV, **limits)
+    scene.join("b", migration_modes=KV, **limits)
+    rows: dict[str, dict[str, Row]] = {"a": {}, "b": {f"s{n}": (f"s{n}", 1, 160, 10) for n in range(4)}}
+
+    def second() -> list[StartMigration]:
+        said = [c for name, row in rows.items() for c in scene.report(name, *row.values(), draining=name == "b")]
+        return orders(said + scene.wait(1))
+
+    begun = [order for _ in range(6) for order in second()]
+    assert [order.source for order in begun] == ["b"] * most
+    told = begun[0].order
+    done = {"migration": told.migration, "sequence": told.sequence, "generation": 2}
+    scene.send(MigrationCommitted(worker="a", source="b", **done))
+    del rows["b"][told.sequence]
+    rows["a"][told.sequence] = (told.sequence, 2, 160, 10)
+    assert len(second()) == bool(limits)
+
+
 def test_rates_follow_what_moves_took() -> None:
     """A slow copy makes the next prediction longer."""
     scene = Packed()

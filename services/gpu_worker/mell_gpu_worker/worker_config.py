@@ -73,6 +73,8 @@ def _spec(settings: WorkerSettings, worker: str, engine: EngineSpec, measured: M
         block_tokens=engine.block_tokens,
         max_sequences=settings.max_sequences,
         migration_modes=modes_of(settings, engine),
+        max_outgoing_moves=settings.max_outgoing_moves,
+        max_incoming_moves=settings.max_incoming_moves,
         kv_bytes_per_token=engine.kv_bytes_per_token,
         link_bytes_per_s=measured.link_bytes_per_s,
         prefill_tokens_per_s=measured.prefill[0][1] if measured.prefill else 0,

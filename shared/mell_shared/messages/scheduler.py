@@ -89,9 +89,13 @@ class WorkerSpec(Message):
     max_sequences: int = Field(ge=1)
     migration_modes: tuple[Id, ...] = ()
     """The `MigrationMode`s it can take part in, at either end; none: its sequences stay. Unknown ones are ignored."""
+    max_outgoing_moves: int = Field(default=0, ge=0)
+    max_incoming_moves: int = Field(default=0, ge=0)
+    """Most sequences it moves away, and takes in, at once; what is ordered beyond that is refused. Here and below 0
+    means unknown."""
     kv_bytes_per_token: int = Field(default=0, ge=0)
     link_bytes_per_s: int = Field(default=0, ge=0)
-    """What its link carries each way; here and below 0 means unknown."""
+    """What its link carries each way."""
     prefill_tokens_per_s: int = Field(default=0, ge=0)
     """What it can prefill for others without hurting its decodes: beside one, or a few."""
     profiled_batches: Uint32Column = []

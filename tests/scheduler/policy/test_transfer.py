@@ -113,6 +113,19 @@ def test_budgets_of_moves_and_bytes_hold() -> None:
     assert modes(by_bytes) == [("a", Mode.KV, 0), ("b", Mode.KV, 0)]
 
 
+def test_no_link_takes_more_moves_at_once_than_it_can() -> None:
+    """Whatever their mode: the rest is deferred, over another link they go at once."""
+    kv, tokens = frozenset({Mode.KV}), frozenset({Mode.TOKENS})
+    narrow = [
+        Candidate(Move(n, "a", "b", 10, Reason.DRAIN), 10, 10, ("a", "b"), m) for n, m in (("i", kv), ("j", tokens))
+    ]
+    beside = Candidate(Move("k", "a", "c", 10, Reason.DRAIN), 10, 10, ("a", "c"))
+    rooms = {"a": 9_000, "b": 9_000, "c": 9_000}
+    division = divide([*narrow, beside], Budgets(rooms, {"b": 900}, SECOND_US, link_moves={"a": 2, "b": 1}))
+    assert {name for name, _, _ in modes(division)} == {"i", "k"}
+    assert [move.item_id for move in division.deferred] == ["j"]
+
+
 @pytest.mark.parametrize("only", [Mode.KV, Mode.TOKENS])
 def test_an_engine_without_a_mode_is_not_given_it(only: Mode) -> None:
     """A target that can do one thing only is asked for that only."""
@@ -148,13 +161,22 @@ CANDIDATES = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(CANDIDATES, st.integers(0, 6_000), st.integers(0, 6_000), st.integers(0, 600), st.integers(0, 10))
+@given(
+    CANDIDATES,
+    st.tuples(st.integers(0, 6_000), st.integers(0, 6_000)),
+    st.integers(0, 600),
+    st.integers(0, 10),
+    st.fixed_dictionaries({}, optional={"a": st.integers(0, 8), "b": st.integers(0, 4)}),
+)
 def test_no_budget_is_ever_exceeded(
-    wanted: list[Candidate], uplink: int, downlink: int, prefill: int, moves: int
+    wanted: list[Candidate], links: tuple[int, int], prefill: int, moves: int, at_once: dict[str, int]
 ) -> None:
     """Every move is divided or deferred exactly once, within every budget and allowed mode."""
-    limits = Budgets({"a": uplink, "b": downlink, "c": downlink}, {"b": prefill, "c": prefill}, SECOND_US, moves)
-    division = divide(wanted, limits)
+    uplink, downlink = links
+    rooms = {"a": uplink, "b": downlink, "c": downlink}, {"b": prefill, "c": prefill}
+    division = divide(wanted, Budgets(*rooms, SECOND_US, moves, link_moves=at_once))
+    assert len(division.transfers) <= at_once.get("a", moves)
+    assert sum(transfer.move.target == "b" for transfer in division.transfers) <= at_once.get("b", moves)
     assert len(division.transfers) + len(division.deferred) == len(wanted)
     assert len(division.transfers) <= moves
     by_target: Counter[str] = Counter()

@@ -69,7 +69,13 @@ class Boundaries:
         limit_us, now_us = self._settings.transfer_limit_us, self._ledger.now_us
         link_bytes: dict[LinkId, int] = {}
         prefill_tokens: dict[str, int] = {}
+        link_moves: dict[LinkId, int] = {}
         for source, target in {(c.move.source, c.move.target): None for c in candidates}:
+            # More would only be refused as busy.
+            if outgoing := self._ledger.workers[source].spec.max_outgoing_moves:
+                link_moves[link_out(source)] = outgoing
+            if incoming := self._ledger.workers[target].spec.max_incoming_moves:
+                link_moves[link_in(target)] = incoming
             link_bytes[link_out(source)] = self._link(link_out(source), source).budget(limit_us, now_us)
             link_bytes[link_in(target)] = self._link(link_in(target), target).budget(limit_us, now_us)
             lane = lane_between(source, target)
@@ -77,7 +83,7 @@ class Boundaries:
                 link_bytes[lane] = self._lanes[lane].budget(limit_us, now_us)
             prefill_tokens[target] = self._prefill_of(target).budget(limit_us, now_us)
         if beside_moving:
-            self._subtract_moving(link_bytes, prefill_tokens)
+            self._subtract_moving(link_bytes, link_moves, prefill_tokens)
         return Budgets(
             link_bytes=link_bytes,
             prefill_tokens=prefill_tokens,
@@ -85,15 +91,20 @@ class Boundaries:
             max_moves=self._settings.max_moves_per_epoch,
             max_bytes=self._settings.max_move_bytes_per_epoch,
             block_tokens=block_tokens,
+            link_moves=link_moves,
         )
 
-    def _subtract_moving(self, link_bytes: dict[LinkId, int], prefill_tokens: dict[str, int]) -> None:
+    def _subtract_moving(
+        self, link_bytes: dict[LinkId, int], link_moves: dict[LinkId, int], prefill_tokens: dict[str, int]
+    ) -> None:
         for record in self._ledger.moving.values():
             assert record.migration is not None
             transfer = record.migration.transfer
             for link in self.links(record.migration.source, record.migration.target):
                 if link in link_bytes:
                     link_bytes[link] = max(0, link_bytes[link] - transfer.copied_bytes)
+                if link in link_moves:
+                    link_moves[link] -= 1
             target = record.migration.target
             if target in prefill_tokens:
                 prefill_tokens[target] = max(0, prefill_tokens[target] - transfer.recomputed_tokens)

@@ -7,7 +7,7 @@ hurting its decodes. The division is a greedy two-bin packing over all moves at 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 
@@ -54,6 +54,8 @@ class Budgets:
     max_bytes: int = 1 << 60
     block_tokens: int = 16
     """The unit of KV transfer: a hybrid splits between blocks."""
+    link_moves: Mapping[LinkId, int] = field(default_factory=dict)
+    """How many more moves a link takes at once, whatever their mode; one not named takes any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class _Rooms:
         self._links = dict(budgets.link_bytes)
         self._prefill = dict(budgets.prefill_tokens)
         self._moves = budgets.max_moves
+        self._link_moves = dict(budgets.link_moves)
         self._bytes = budgets.max_bytes
 
     def cost_difference(self, candidate: Candidate) -> float:
@@ -134,7 +137,7 @@ class _Rooms:
 
     def fit(self, candidate: Candidate) -> Transfer | None:
         """The cheaper bin if it has room, else the other, else both; None if neither has."""
-        if self._moves <= 0:
+        if self._moves <= 0 or any(self._link_moves.get(link, 1) <= 0 for link in candidate.links):
             return None
         copy_first = self._copy_us(candidate) <= self._prefill_us(candidate)
         order = (Mode.KV, Mode.TOKENS) if copy_first else (Mode.TOKENS, Mode.KV)
@@ -188,6 +191,8 @@ class _Rooms:
         """Charge a transfer to every budget it uses."""
         for link in candidate.links:
             self._links[link] = self._links.get(link, 0) - transfer.copied_bytes
+            if link in self._link_moves:
+                self._link_moves[link] -= 1
         target = transfer.move.target
         self._prefill[target] = self._prefill.get(target, 0) - transfer.recomputed_tokens
         self._moves -= 1
