@@ -13,12 +13,15 @@ from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.base import Engine
 from mell_gpu_worker.engine.factory import make_engine
 from mell_gpu_worker.settings import WorkerSettings
+from mell_shared.log import configure_logging
 from mell_shared.messages.sampling import SamplingParams
 
 
 def main(arguments: list[str]) -> None:
     """Serve batches with the engine that a worker with these flags would have."""
     settings = WorkerSettings.from_command_line(arguments)
+    # Standard output is for answers.
+    configure_logging(settings.log_level, settings.log_format, service="bare-engine", process="", stream=sys.stderr)
     engine = make_engine(settings.engine_options)
     print(json.dumps({"ready": engine.spec.name}), flush=True)  # noqa: T201 - this is the answer
     for line in sys.stdin:

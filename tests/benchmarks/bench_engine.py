@@ -130,6 +130,8 @@ def setup() -> Iterator[Setup]:
         engine="torch", model="smollm2-135m", model_dir=default_model_dir(), kv_blocks=1200, threads=THREADS
     )
     engine = load_torch_engine(options)
+    # Memory never written to is read from the cache, all of it one page of zeros.
+    engine.pool.data.normal_()
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32)
     vllm = Vllm(folder) if VLLM_PYTHON.exists() else None
@@ -153,7 +155,7 @@ def _rows(sequences: list[list[int]], prompt: int, start: int) -> list[StepRow]:
 
 
 def _decode_ours(setup: Setup, prompts: list[list[int]]) -> None:
-    """Run decode steps; whatever keys the pool holds cost the same to read, so nothing is prefilled."""
+    """Run decode steps; whatever keys the pool holds, they cost the same to read, so nothing is prefilled."""
     sequences = [list(ids) for ids in prompts]
     for _ in range(NEW_TOKENS):
         result = setup.engine.execute(_rows(sequences, len(prompts[0]), len(sequences[0]) - 1))

@@ -183,7 +183,7 @@ def told(command: object) -> tuple[str, dict[str, Any]] | None:
         case Reply():
             return _PLACED, {"sequence": command.sequence, **command.reply.model_dump(mode="json", exclude_none=True)}
         case StartMigration():
-            order = command.order.model_dump(mode="json", exclude={"kind"})
+            order = command.order.model_dump(mode="json", exclude={"kind", "traceparent"})
             return _MOVE, {"source": command.source, "predicted_us": command.predicted_us, **order}
         case MigrationSettled():
             return _SETTLED, {"migration": command.migration, "outcome": command.outcome, "took_us": command.took_us}

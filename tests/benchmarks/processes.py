@@ -145,7 +145,11 @@ class BareEngine:
         )
 
     def __enter__(self) -> "BareEngine":
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

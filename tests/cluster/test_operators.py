@@ -72,12 +72,12 @@ def mell(frontend: Service, *arguments: str) -> tuple[int, Any]:
     return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
 
-def holder(frontend: Service, chat: StreamedChat) -> tuple[str, str]:
-    """Wait until a chat's sequence runs; returns its worker's name and its own. The last test's may still be there."""
+def holder(frontend: Service, answer: str) -> tuple[str, str]:
+    """Wait until the sequence of an answer, by its id, runs; returns its worker's name and its own."""
 
     def held() -> tuple[str, str] | None:
         _, status = mell(frontend, "status", "--requests")
-        own = [row for row in status["sequences"] if row["sequence"].partition(".")[0] == chat.id]
+        own = [row for row in status["sequences"] if row["sequence"].partition(".")[0] == answer]
         running = [row for row in own if row["state"] == "running"]
         return (running[0]["worker"].rpartition("-")[0], running[0]["sequence"]) if running else None
 
@@ -91,7 +91,7 @@ def test_a_worker_is_drained_in_mid_stream(
     """Its request goes on elsewhere, to the same text; it stays, empty, until it is undrained; every step is told."""
     chat = StreamedChat(client, TOKENS)
     chat.read(5)
-    name, sequence = holder(frontend, chat)
+    name, sequence = holder(frontend, chat.id)
     (other,) = set(workers) - {name}
     code, plan = mell(frontend, "drain", name, "--dry-run")
     assert (code, [row["target"].rpartition("-")[0] for row in plan["sequences"]]) == (0, [other])
@@ -121,7 +121,7 @@ def test_a_worker_that_is_told_to_stop_is_emptied_first(
     """As in a rolling restart: its stream moves away, it leaves at once, nothing is placed again."""
     chat = StreamedChat(client, TOKENS)
     chat.read(5)
-    name, _ = holder(frontend, chat)
+    name, _ = holder(frontend, chat.id)
     workers[name].ask_to_stop()
     assert workers[name].exit_code() == 0
     assert story.startswith(chat.read(len(chat.text) + 20))

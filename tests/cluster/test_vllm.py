@@ -147,7 +147,7 @@ def test_a_chat_moves_between_servers_by_its_tokens(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """There and back in mid-stream: each server goes on after the other's last token, and ends what it did before."""
-    here, sequence = holder(frontend, chat)
+    here, sequence = holder(frontend, chat.id)
     (there,) = set(pairs) - {here}
     for target in (there, here):
         code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", "tokens")
@@ -165,7 +165,7 @@ def test_a_worker_is_drained_in_mid_stream(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """Its request goes on before the other server, to the same text; undrained it takes work again."""
-    name, _ = holder(frontend, chat)
+    name, _ = holder(frontend, chat.id)
     (other,) = set(pairs) - {name}
     assert mell(frontend, "drain", name, "--deadline", "60s", "--wait", "--timeout", "60s")[0] == 0
     assert not chat.done, "it was drained in mid-stream"
@@ -185,7 +185,7 @@ def test_structured_output_stays_where_it_began(
     form = {"type": "json_schema", "json_schema": {"name": "long", "schema": schema}}
     chat = StreamedChat(client, 4 * len(story), temperature=0, ignore_eos=False, response_format=form)
     assert chat.read(5).startswith('{"a"')
-    name, sequence = holder(frontend, chat)
+    name, sequence = holder(frontend, chat.id)
     (other,) = set(pairs) - {name}
     code, moved = mell(frontend, "migrate", sequence, "--to", other, "--mode", "tokens")
     assert (code, [move["state"] for move in moved["moves"]]) == (1, ["failed"])
@@ -203,7 +203,7 @@ def test_a_server_that_is_killed_loses_its_streams_to_the_other(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """The worker stays, says so, and takes nothing until its server is back."""
-    name, _ = holder(frontend, chat)
+    name, _ = holder(frontend, chat.id)
     pair = pairs[name]
     away, back = (len(pair.worker.events(f"engine_{where}")) for where in ("away", "back"))
     placed = len(frontend.events("sequence_placed_again"))
@@ -233,7 +233,7 @@ def test_a_killed_worker_leaves_nothing_running_at_its_server(
     chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
 ) -> None:
     """Its connections end with it; the stream goes on before the other server."""
-    name, _ = holder(frontend, chat)
+    name, _ = holder(frontend, chat.id)
     pairs[name].worker.kill()
     assert read_quickly(chat, pairs) == story
     eventually(lambda: pairs[name].knobs()["running"] == 0, "nothing is left at the server")

@@ -81,6 +81,7 @@ class Streamed:
         body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         request = client.build_request("POST", "/v1/chat/completions", json=body)
         self._lines = client.send(request, stream=True).iter_lines()
+        self.id = ""
         self.text = ""
         self.usage: dict[str, Any] | None = None
         self.done = False
@@ -95,6 +96,7 @@ class Streamed:
             elif line.startswith("data: "):
                 said = json.loads(line[6:])
                 assert "error" not in said, said
+                self.id = said["id"]
                 self.usage = said.get("usage") or self.usage
                 self.text += "".join(choice["delta"].get("content") or "" for choice in said["choices"])
         return self.text
@@ -129,7 +131,7 @@ def test_a_stream_moves_in_mid_stream(
     """There and back by tokens: as many tokens as were asked for, the text that a server alone gives."""
     chat = Streamed(client)
     chat.read(20)
-    here, sequence = holder(frontend)
+    here, sequence = holder(frontend, chat.id)
     (there,) = set(workers) - {here}
     for target in (there, here):
         code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", "tokens")
@@ -154,7 +156,7 @@ def test_a_killed_server_s_stream_goes_on_at_the_other(
     """After the last token delivered, with the text of one server alone; the killed one's worker stays."""
     chat = Streamed(client)
     chat.read(20)
-    here, _ = holder(frontend)
+    here, _ = holder(frontend, chat.id)
     servers[here].kill()
     assert chat.read() == story
     assert chat.usage is not None
