@@ -1,5 +1,6 @@
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mell_gpu_worker.engine.native.draw import NativeDraw
 
 Draw = Callable[[torch.Tensor, DrawParams], torch.Tensor]
 needs_compiler = pytest.mark.skipif(
-    not any(map(build.shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
+    not any(map(shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
 )
 
 

@@ -1,6 +1,7 @@
 import ctypes
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.native import build, load
 from mell_gpu_worker.engine.native.build import NativeUnavailableError, load_library
 from mell_gpu_worker.engine.native.packing import PANEL, pack, unpack
+from mell_gpu_worker.engine.native.program import NativeProgram
 from mell_gpu_worker.engine.native.runner import NativeRunner
 from mell_gpu_worker.engine.runner import Runner, StepRunner
 from mell_gpu_worker.engine.torch_engine import TorchEngine
@@ -34,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 Made = Callable[[str], tuple[Path, Any]]
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(build.shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
+    not any(map(shutil.which, build._COMPILERS)), reason="no C++ compiler: apt-get install g++"
 )
 
 
@@ -162,7 +164,7 @@ def test_a_step_that_computes_something_else_does_not_serve(
 ) -> None:
     """If C++ gives other logits the engine serves in Python, with all its weights back in place."""
     folder, model = models("qwen3")
-    real = load.NativeProgram
+    real = NativeProgram
 
     def wrong(*arguments: Any) -> Any:
         program = real(*arguments)
@@ -234,7 +236,7 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_several_processes_build_once(tmp_path: Path) -> None:
     """Workers that start together wait for one build, and all can use it."""
     counting = tmp_path / "compiler"
-    real = next(filter(None, map(build.shutil.which, build._COMPILERS)))
+    real = next(filter(None, map(shutil.which, build._COMPILERS)))
     counting.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nexec {real} "$@" -O0\n')
     counting.chmod(0o755)
     code = (

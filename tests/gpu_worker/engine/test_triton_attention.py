@@ -1,17 +1,15 @@
 """On CUDA, or where there is none in Triton's interpreter: `TRITON_INTERPRET=1 pytest -m gpu FILE`, 20 s a test."""
 
 import itertools
-from collections.abc import Sequence
 
 import pytest
 import torch
 
-from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.decode_step import DecodeInputs, DecodeStep
-from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
+from mell_gpu_worker.engine.kv_pool import KvShape
 from mell_gpu_worker.engine.paged_step import PagedStep
-from mell_gpu_worker.engine.reference_attention import ReferenceAttention
+from tests.gpu_worker.engine.paged_case import PagedCase
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; Triton's interpreter has no bfloat16")
@@ -22,39 +20,12 @@ SPLIT_PARTS = [(n - 1, 1) for n in (511, 512, 513, 1023, 1024, 1025, 1600, 7)] +
 """Decodes that end around the places where keys are cut, and a chunk beyond one."""
 
 
-class Case:
-    """A pool of random keys and values, and rows that attend to them in layer 1."""
+def require_equal(case: PagedCase, kind: AttentionKind, tolerance: float) -> None:
+    """Hold the kernels to the reference path."""
+    from mell_gpu_worker.engine.triton_attention import TritonAttention
 
-    def __init__(self, parts: Sequence[tuple[int, int]], shape: KvShape, heads: int) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._generator = torch.Generator(device).manual_seed(0)
-        self._device = device
-        blocks = [-(-(start + count) // shape.block_tokens) for start, count in parts]
-        self.pool = KvPool(sum(blocks), shape, device)
-        self.pool.data[: sum(blocks)] = self.random(sum(blocks), *self.pool.data.shape[1:])
-        order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).tolist()
-        self.rows = [
-            StepRow(str(i), [0] * (start + count), 1, start, count, [order.pop() for _ in range(blocks[i])], None)
-            for i, (start, count) in enumerate(parts)
-        ]
-        tokens = sum(row.count for row in self.rows)
-        self.query = self.random(heads, tokens, shape.head_dim).transpose(0, 1).to(shape.dtype)
-        kept = [self.random(tokens, shape.kv_heads, shape.head_dim).to(shape.dtype) for _ in range(2)]
-        self.fresh = kept[0], kept[1]
-        self.step = PagedStep(self.pool, self.rows, shape.dtype)
-        self.step.store(1, *self.fresh)
-
-    def random(self, *shape: int) -> torch.Tensor:
-        """Return random numbers on the device."""
-        return torch.randn(shape, device=self._device, generator=self._generator)
-
-    def require_equal(self, kind: AttentionKind, tolerance: float) -> None:
-        """Hold the kernels to the reference path."""
-        from mell_gpu_worker.engine.triton_attention import TritonAttention
-
-        expected = ReferenceAttention().attend(self.step, 1, self.query, self.fresh, kind)
-        found = TritonAttention().attend(self.step, 1, self.query, self.fresh, kind)
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    found = TritonAttention().attend(case.step, 1, case.query, case.fresh, kind)
+    torch.testing.assert_close(found, case.expected(kind), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +33,18 @@ class Case:
 )
 def test_the_kernel_equals_the_reference(heads: int, kv_heads: int, head_dim: int, block_tokens: int) -> None:
     """Windows, soft-caps and sinks give what the reference path gives, for ragged mixed rows."""
-    case = Case(PARTS, KvShape(2, block_tokens, kv_heads, head_dim, torch.float32), heads)
+    case = PagedCase(PARTS, KvShape(2, block_tokens, kv_heads, head_dim, torch.float32), heads)
     for window, softcap, sinks in itertools.product([None, 7, 40], [None, 5.0], [None, case.random(heads)]):
-        case.require_equal(AttentionKind(head_dim**-0.5, window, softcap, sinks), 1e-4)
+        require_equal(case, AttentionKind(head_dim**-0.5, window, softcap, sinks), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_cuda)])
 def test_split_keys_equal_the_reference(dtype: torch.dtype) -> None:
     """The same for rows whose keys are cut: lengths around the cuts, windows that reach over several and into one."""
-    case = Case(SPLIT_PARTS, KvShape(2, 16, 2, 16, dtype), 6)
+    case = PagedCase(SPLIT_PARTS, KvShape(2, 16, 2, 16, dtype), 6)
     sinks = case.random(6).to(dtype)
     for window, softcap, sink in [(None, None, None), (None, 5.0, sinks), (700, None, sinks), (40, 5.0, None)]:
-        case.require_equal(AttentionKind(0.25, window, softcap, sink), 1e-4 if dtype == torch.float32 else 3e-2)
+        require_equal(case, AttentionKind(0.25, window, softcap, sink), 1e-4 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("window", [None, 600])
@@ -84,7 +55,7 @@ def test_a_decode_is_the_same_in_any_batch_and_grid(
     """Bit for bit, beside longer rows or alone, also where alone its keys are not cut at all."""
     from mell_gpu_worker.engine import triton_attention
 
-    case = Case(SPLIT_PARTS, KvShape(2, 16, 2, 16, torch.float32), 6)
+    case = PagedCase(SPLIT_PARTS, KvShape(2, 16, 2, 16, torch.float32), 6)
     kind = AttentionKind(0.25, window, None, case.random(6))
     alone = []
     for index, row in enumerate(case.rows[:8]):
@@ -101,7 +72,7 @@ def test_a_recorded_step_attends_like_a_plain_one(window: int | None) -> None:
     """Over persistent inputs, padded to more rows and longer tables, each row has the same bits."""
     from mell_gpu_worker.engine.triton_attention import TritonAttention
 
-    case = Case(SPLIT_PARTS[:5], KvShape(2, 16, 2, 16, torch.float32), 6)
+    case = PagedCase(SPLIT_PARTS[:5], KvShape(2, 16, 2, 16, torch.float32), 6)
     inputs = DecodeInputs(case.pool, 8, 128)
     inputs.fill(case.rows)
     step = DecodeStep(case.pool, inputs)

@@ -14,10 +14,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
-from mell_gpu_worker.engine.attention import AttentionBackend, KindRecorder
+from mell_gpu_worker.engine.attention import AttentionBackend, AttentionKind, KindRecorder
 from mell_gpu_worker.engine.base import EngineError, EngineSpec
 from mell_gpu_worker.engine.cuda_graphs import GraphsUnavailableError, graphed_runner
 from mell_gpu_worker.engine.decode_runner import DecodeLimits
+from mell_gpu_worker.engine.flash_attention import FlashAttention, find_flash_attention, forget_flash_attention
 from mell_gpu_worker.engine.grammar import GrammarMasks
 from mell_gpu_worker.engine.kv_pool import KvPool, KvShape
 from mell_gpu_worker.engine.memory import count_blocks, forbid_expandable_segments
@@ -155,10 +156,8 @@ def load_torch_engine(options: EngineOptions) -> TorchEngine:
 def checked_runner(model: Any, shape: KvShape, device: torch.device, options: EngineOptions) -> MakeRunner:
     """Return how to make the runner that serves, proven to give the model's own logits. Raises `EngineError`."""
     check = ModelCheck(model, device)
-    backend = choose_backend(device)
-    recorder = KindRecorder(backend)
-    check.require_equal(lambda pool: Runner(model, pool, recorder), shape)
     log = structlog.get_logger()
+    backend, kinds = _checked_backend(check, model, shape, device)
     reason = "switched off (--compile off)"
     if options.compile == "auto":
         try:
@@ -166,7 +165,7 @@ def checked_runner(model: Any, shape: KvShape, device: torch.device, options: En
                 limits = DecodeLimits(options.max_sequences, _max_model_len(options, model.config))
                 event, make = "decodes_in_cuda_graphs", graphed_runner(model, shape, backend, check, limits)
             else:
-                event, make = "steps_in_cpp", native_runner(model, shape, device, recorder.kinds, check)
+                event, make = "steps_in_cpp", native_runner(model, shape, device, kinds, check)
         except (NativeUnavailableError, GraphsUnavailableError) as unavailable:
             reason = str(unavailable)
         else:
@@ -176,12 +175,32 @@ def checked_runner(model: Any, shape: KvShape, device: torch.device, options: En
     return lambda pool: Runner(model, pool, backend)
 
 
-def choose_backend(device: torch.device) -> AttentionBackend:
-    """Return the Triton kernel on CUDA where Triton is installed, else the reference path."""
+def _checked_backend(
+    check: ModelCheck, model: Any, shape: KvShape, device: torch.device
+) -> tuple[AttentionBackend, list[AttentionKind]]:
+    """Return the first backend that gives the model's own logits, and what each layer asks of it."""
+
+    def checked(backend: AttentionBackend) -> tuple[AttentionBackend, list[AttentionKind]]:
+        recorder = KindRecorder(backend)
+        check.require_equal(lambda pool: Runner(model, pool, recorder), shape)
+        return backend, recorder.kinds
+
+    try:
+        flash = find_flash_attention(device, shape.dtype)
+        if flash is not None:
+            return checked(choose_backend(device, flash))
+    except (EngineError, ImportError, RuntimeError, ValueError) as error:
+        forget_flash_attention()
+        structlog.get_logger().warning("no_flash_attention", reason=str(error))
+    return checked(choose_backend(device))
+
+
+def choose_backend(device: torch.device, flash: FlashAttention | None = None) -> AttentionBackend:
+    """Return the Triton kernels on CUDA where Triton is installed, beside `flash` if given, else the reference path."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         from mell_gpu_worker.engine.triton_attention import TritonAttention  # noqa: PLC0415 (needs Triton)
 
-        return TritonAttention()
+        return TritonAttention(flash)
     return ReferenceAttention()
 
 

@@ -1,7 +1,8 @@
 """Paged attention by Triton kernels, for decodes and ragged prefill; decides what is launched over which tiles.
 
 A decode's keys are cut at fixed places, every `SPLIT_KEYS`, and the pieces combined: one long sequence fills a card,
-and what a row gets depends neither on the rows beside it nor on the grid. A chunk's queries fill it by themselves.
+and what a row gets depends neither on the rows beside it nor on the grid. A chunk's queries fill it by themselves;
+FlashAttention takes them where it is at hand and computes what the layer asks for.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import triton
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.decode_step import DecodeStep
+from mell_gpu_worker.engine.flash_attention import FlashAttention, FlashChunks
 from mell_gpu_worker.engine.kv_pool import KvShape
 from mell_gpu_worker.engine.paged_step import AttentionStep, PagedStep, Span
 from mell_gpu_worker.engine.triton_kernels import combine_pieces, paged_attention
@@ -31,6 +33,7 @@ class _Tiles:
     """One launch: all its tiles hold up to `queries` queries; `table` [rows, blocks] serves them all.
 
     `pieces` is the most that a tile's keys are cut into, `slots` how many pieces there are in all; both 0: not cut.
+    `flash` says how FlashAttention attends for the same rows, if it can.
     """
 
     queries: int
@@ -38,12 +41,14 @@ class _Tiles:
     table: torch.Tensor
     pieces: int = 0
     slots: int = 0
+    flash: FlashChunks | None = None
 
 
 class TritonAttention:
     """Launches the kernels: for a step's decodes together, for its prefill chunks together."""
 
-    def __init__(self) -> None:
+    def __init__(self, flash: FlashAttention | None = None) -> None:
+        self._flash = flash
         self._last: tuple[AttentionStep, tuple[_Tiles, ...]] | None = None
 
     def attend(
@@ -57,13 +62,16 @@ class TritonAttention:
         """Return [tokens, heads, head_dim]; see `AttentionBackend`."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for tiles in self._tiles(step, query.shape[1] // step.pool.shape.kv_heads):
-            _launch(tiles, step, layer, (out, query), kind)
+            if self._flash is not None and tiles.flash is not None and self._flash.suits(kind):
+                self._flash.attend(tiles.flash, step.pool, layer, (out, query), kind)
+            else:
+                _launch(tiles, step, layer, (out, query), kind)
         return out
 
     def _tiles(self, step: AttentionStep, group: int) -> tuple[_Tiles, ...]:
         """Return the step's launches, the same for all its layers."""
         if self._last is None or self._last[0] is not step:
-            self._last = step, tuple(_plan(step, group))
+            self._last = step, tuple(_plan(step, group, self._flash))
         return self._last[1]
 
 
@@ -122,7 +130,7 @@ def _sizes(shape: KvShape, kind: AttentionKind, heads: int, split_keys: int) -> 
     }
 
 
-def _plan(step: AttentionStep, group: int) -> Iterator[_Tiles]:
+def _plan(step: AttentionStep, group: int, flash: FlashAttention | None) -> Iterator[_Tiles]:
     if isinstance(step, DecodeStep):
         pieces = -(-step.most_tokens // SPLIT_KEYS)
         yield _Tiles(1, step.tiles(pieces), step.table, pieces, pieces * len(step.table))
@@ -135,7 +143,9 @@ def _plan(step: AttentionStep, group: int) -> Iterator[_Tiles]:
     if chunks:
         queries = max(1, _PREFILL_ROWS // group)
         tiles = np.array(list(_cut(chunks, queries)), dtype=np.int32)
-        yield _Tiles(queries, upload(tiles, step.device), _table(chunks, step.device))
+        table = _table(chunks, step.device)
+        laid_out = None if flash is None else flash.lay_out(chunks, table, len(step.slots))
+        yield _Tiles(queries, upload(tiles, step.device), table, flash=laid_out)
 
 
 def _decode_tiles(decodes: list[Span], device: torch.device) -> _Tiles:
