@@ -4,6 +4,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -60,7 +61,7 @@ def test_the_default_model_answers_through_all_services(start: Starter) -> None:
     url = up.up(wait_s=300)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=WAIT_S) as client:
-        ask = partial(client.chat.completions.create, model="smollm2-135m", max_tokens=8, temperature=0)
+        ask: Any = partial(client.chat.completions.create, model="smollm2-135m", max_tokens=8, temperature=0)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(messages=question, stream=True))
         assert "Paris" in text
         whole = ask(messages=question)

@@ -262,7 +262,7 @@ async def served(pieces: list[bytes]) -> Wire:
 
     config = uvicorn.Config(app, http=bounded_protocol(4096, 5.0, 100), lifespan="off", log_config=None)  # type: ignore[arg-type]
     config.load()
-    made = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[operator]
+    made = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[call-arg, operator]
     wire = Wire()
     made.connection_made(wire)
     for piece in pieces:

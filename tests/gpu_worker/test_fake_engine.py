@@ -5,6 +5,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -220,7 +221,7 @@ def test_what_it_cannot_be_is_refused_with_a_way_out(change: dict[str, object], 
         make_engine(options(**change))
 
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}},
     "required": ["name", "age"],

@@ -1,4 +1,5 @@
 import struct
+import sys
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mell_shared.codec import InvalidMessageError, decode, encode
-from mell_shared.messages import base
 from mell_shared.messages.base import Message, Uint32Column
 from mell_shared.messages.frontend import TOKENS_GENERATED, StreamStatus, TokensGenerated
 from mell_shared.messages.sampling import SamplingParams
@@ -249,7 +249,7 @@ def test_a_column_s_bytes_do_not_depend_on_the_machine(column: list[int]) -> Non
     adapter: TypeAdapter[list[int]] = TypeAdapter(Uint32Column)
     assert adapter.dump_python(column) == struct.pack(f"<{len(column)}I", *column)
     assert adapter.validate_python(adapter.dump_python(column)) == column
-    with mock.patch.object(base.sys, "byteorder", "big"):
+    with mock.patch.object(sys, "byteorder", "big"):
         swapped = adapter.dump_python(column)
         assert swapped == struct.pack(f">{len(column)}I", *column)
         assert adapter.validate_python(swapped) == column

