@@ -15,7 +15,7 @@ import torch
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.native import build, load
 from mell_gpu_worker.engine.native.build import NativeUnavailableError, load_library
-from mell_gpu_worker.engine.native.packing import PANEL, pack, unpack
+from mell_gpu_worker.engine.native.packing import PANEL, pack, packed_size, unpack
 from mell_gpu_worker.engine.native.program import NativeProgram
 from mell_gpu_worker.engine.native.runner import NativeRunner
 from mell_gpu_worker.engine.runner import Runner, StepRunner
@@ -255,7 +255,7 @@ def test_several_processes_build_once(tmp_path: Path) -> None:
 def test_packing_is_a_permutation(outputs: int, inputs: int) -> None:
     """Unpacked, weights are bit for bit what they were; absent outputs are zero."""
     weight = torch.randn(outputs, inputs)
-    packed = pack(weight)
+    packed = pack(weight, torch.zeros(packed_size(*weight.shape)))
     assert packed.shape == (-(-outputs // PANEL), inputs, PANEL)
     assert torch.equal(packed[0, :, 0], weight[0])
     assert torch.equal(unpack(packed, outputs), weight)

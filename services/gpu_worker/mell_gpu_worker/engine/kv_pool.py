@@ -1,14 +1,13 @@
 """The paged KV pool: one allocation in which all layers of a block lie together, the unit of transfer."""
 
 import math
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from mell_gpu_worker.engine.large_pages import zeros_in_large_pages
 from mell_gpu_worker.engine.upload import upload
 
 
@@ -90,14 +89,6 @@ class KvPool:
 
 
 def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros; on CPU memory that is taken from the machine only as it is written to.
-
-    `torch.zeros` would write to all of it at once: seconds at each start, and gigabytes held by an idle worker.
-    """
-    if device.type != "cpu":
-        return torch.zeros(elements, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Attention walks all of it in each step: pages of 4 KiB cost it a quarter of the memory's speed.
-    with suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
+    if device.type == "cpu":
+        return zeros_in_large_pages(elements, dtype)
+    return torch.zeros(elements, dtype=dtype, device=device)

@@ -1,21 +1,28 @@
 """Weights in the order in which they are read: panels of 16 outputs. A permutation, so it can be undone."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
+from mell_gpu_worker.engine.large_pages import zeros_in_large_pages
 from mell_gpu_worker.engine.native.structs import Linear
 
 PANEL = 16
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return [outputs, inputs] as [ceil(outputs / 16), inputs, 16], zeros after the last output."""
+def packed_size(outputs: int, inputs: int) -> int:
+    """Return how many floats a packed matrix has."""
+    return -(-outputs // PANEL) * PANEL * inputs
+
+
+def pack(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Write [outputs, inputs] to memory that is all zeros, as [ceil(outputs / 16), inputs, 16], and return that."""
     outputs, inputs = weight.shape
-    panels = -(-outputs // PANEL)
-    packed = weight.new_zeros(panels, inputs, PANEL)
+    packed = memory.view(-1, inputs, PANEL)
     whole = outputs // PANEL
     packed[:whole] = weight[: whole * PANEL].view(whole, PANEL, inputs).transpose(1, 2)
-    if panels > whole:
+    if len(packed) > whole:
         packed[whole, :, : outputs % PANEL] = weight[whole * PANEL :].t()
     return packed
 
@@ -26,9 +33,16 @@ def unpack(packed: torch.Tensor, outputs: int) -> torch.Tensor:
 
 
 class PackedWeights:
-    """A model's matrices, taken out of its modules one by one, so that memory holds each only once."""
+    """A model's matrices, taken out of its modules one by one, so that memory holds each only once.
 
-    def __init__(self) -> None:
+    They lie behind each other, in the order in which they are taken.
+    """
+
+    def __init__(self, modules: Iterable[nn.Linear]) -> None:
+        """`modules` are all that will be taken."""
+        self._free = zeros_in_large_pages(
+            sum(packed_size(m.out_features, m.in_features) for m in modules), torch.float32
+        )
         self._taken: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._biases: list[torch.Tensor] = []
 
@@ -36,7 +50,9 @@ class PackedWeights:
         """Return the packed form of a module, whose weight is empty from now on."""
         weight = module.weight
         outputs, inputs = module.out_features, module.in_features
-        packed = pack(weight.data)
+        size = packed_size(outputs, inputs)
+        memory, self._free = self._free[:size], self._free[size:]
+        packed = pack(weight.data, memory)
         weight.data = weight.data.new_empty(0)
         self._taken[id(weight)] = weight, packed, outputs
         bias = None
@@ -52,3 +68,4 @@ class PackedWeights:
             weight.data = unpack(packed, outputs)
         self._taken.clear()
         self._biases.clear()
+        self._free = self._free.new_empty(0)

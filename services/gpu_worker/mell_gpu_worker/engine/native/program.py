@@ -24,7 +24,7 @@ class NativeProgram:
 
     def __init__(self, model: Any, kinds: Sequence[AttentionKind]) -> None:
         _let_go_of_files(model)
-        self._weights = PackedWeights()
+        self._weights = PackedWeights(module for module in model.modules() if isinstance(module, nn.Linear))
         self._kept_alive: list[Any] = [model]
         inner = model.model
         tied = model.lm_head.weight is inner.embed_tokens.weight
