@@ -203,11 +203,18 @@ def differences(run: LiveRun) -> list[str]:
     found = []
     if len(run.logged) != len(run.replayed()):
         found.append(f"{len(run.logged)} commands live, {len(run.replayed())} replayed")
-    for number, (live, again) in enumerate(zip(run.logged, run.replayed(), strict=False)):
+    pairs = zip(_decisions_first(run.logged), _decisions_first(run.replayed()), strict=False)
+    for number, (live, again) in enumerate(pairs):
         wrong = [name for name, value in again[1].items() if live[1].get(name) != value]
         if live[0] != again[0] or wrong:
             found.append(f"command {number}: {live} live, {again} replayed")
     return found
+
+
+def _decisions_first(told: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Decisions in their order, then how moves came out, by name: a scheduler tells that once it knows what it cost."""
+    outcomes = [row for row in told if row[0] == _SETTLED]
+    return [row for row in told if row[0] != _SETTLED] + sorted(outcomes, key=lambda row: str(row[1]["migration"]))
 
 
 class _Sampler:
