@@ -12,9 +12,11 @@ import pytest
 
 from mell_gpu_worker.engine.base import Engine
 from mell_gpu_worker.engine_runner import EngineThread
+from mell_gpu_worker.model_store import pull
 from mell_scheduler.policy.transfer import split_point
 from mell_shared.memory_bus import Faults, MemoryBroker
 from mell_shared.messages.scheduler import MigrationCommitted
+from mell_shared.models import default_model_dir
 from mell_shared.process import loop_factory
 from tests.benchmarks.bench_transport import Source, filled, target
 from tests.benchmarks.figures import memory_read_gb_per_s, print_table, size, spread, verdict
@@ -115,6 +117,58 @@ def test_pause_of_a_move(transport: str, tmp_path: Path) -> None:
         f"goal for the median {limit_ms:.1f} ms, for p99 {3 * ENGINE_STEP_US / 1e3:.0f} ms"
     )
     print_table(title, head, rows)
+    _print_others("Others' inter-token time on both workers, ms", others)
+
+
+def test_pause_of_a_move_of_a_real_model(tmp_path: Path) -> None:
+    """The default model in float32, one thread a worker: pauses in its own steps, tokens as of a request never moved.
+
+    Two workers and all else on two cores measure contention; what it says of speed holds from 8 cores on.
+    """
+    real = [
+        "--model",
+        "smollm2-135m",
+        "--threads",
+        "1",
+        "--kv-blocks",
+        "1024",
+        "--no-prefix-cache",
+        "--transport",
+        "tcp",
+    ]
+    pull("smollm2-135m", default_model_dir(), lambda _stage, _fraction: None)
+    like = {"model": "smollm2-135m", "temperature": 0.0}
+
+    async def main() -> tuple[dict[int, list[Any]], dict[str, list[float]], int]:
+        pauses: dict[int, list[Any]] = {}
+        windows: list[tuple[int, int]] = []
+        compared = 0
+        async with movers(tmp_path, *real, "--profile-s", "0", "--lane-probes", "0") as pair:
+            streams = pair.frontend.streams
+            for number in (0, 1):
+                await pair.start(f"other-{number}", number, 64, max_tokens=7_000, **like)
+            for length in (128, 512, 2_000):
+                moved, stays = f"moved-{length}", f"stays-{length}"
+                await pair.start(moved, 0, length, max_tokens=5_000, **like)
+                pauses[length] = [await _paused(pair, moved, windows) for _ in range(3 * ROUNDS)]
+                tokens = list(streams[moved].tokens)
+                await pair.end(moved)
+                await pair.start(stays, 0, length, max_tokens=len(tokens), **like)
+                await pair.frontend.finished(stays)
+                assert streams.pop(stays).tokens == tokens
+                compared += len(tokens)
+            others = _others(pair.frontend, windows)
+        return pauses, others, compared
+
+    pauses, others, compared = run(main())
+    step_ms = statistics.median(others["between moves"])
+    rows = []
+    for length, found in pauses.items():
+        steps = sorted(moved.stopped_us / 1e3 / step_ms for moved, _ in found)
+        shares = [shown([moved for moved, _ in found], part) for part in ("tail_us", "claim_us", "first_step_us")]
+        rows.append([f"{length:,}", spread(steps, 2), f"{steps[-1]:.2f}", *shares])
+    title = f"Pause over tcp, smollm2-135m: steps of {step_ms:.0f} ms; {compared} tokens as of requests never moved"
+    print_table(title, ["tokens", "pause, steps", "worst", "tail, ms", "claim, ms", "first step, ms"], rows)
     _print_others("Others' inter-token time on both workers, ms", others)
 
 

@@ -29,9 +29,9 @@ class Movers:
         self.names = names
 
     async def start(self, sequence: str, worker: int, prompt_tokens: int, **more: Any) -> None:
-        """Run a sequence that does not end, and wait for its first tokens."""
+        """Run a sequence that does not end unless `more` says so, and wait for its first tokens."""
         prompt = [65 + position % 26 for position in range(prompt_tokens)]
-        message = submit(sequence, prompt, max_tokens=16_000, **more)
+        message = submit(sequence, prompt, **{"max_tokens": 16_000, **more})
         reply = await self.frontend.submit(self.names[worker], message)
         assert isinstance(reply, SubmitAccepted), reply
         await self.frontend.until(lambda: len(self.frontend.streams[sequence].tokens) >= 3)
