@@ -8,7 +8,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from mell_gpu_worker.engine import flash_attention, torch_engine
+from mell_gpu_worker.engine import torch_engine
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.flash_attention import FlashAttention, find_flash_attention
 from mell_gpu_worker.engine.kv_pool import KvShape
@@ -20,12 +20,11 @@ CHUNKS = [(0, 13), (30, 22), (15, 2), (0, 16), (64, 3)]
 MIXED = [(0, 13), (37, 1), (30, 22), (0, 1), (64, 1), (15, 2)]
 
 
-def attend(case: PagedCase, kind: AttentionKind) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(flash: FlashAttention, case: PagedCase, kind: AttentionKind) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what it writes, and which of the packed tokens are of chunks."""
     chunks = [span for span in case.step.spans if span.count > 1]
     blocks = max(len(span.blocks) for span in chunks)
     table = torch.tensor([[*span.blocks, *[0] * (blocks - len(span.blocks))] for span in chunks], dtype=torch.int32)
-    flash = FlashAttention()
     laid_out = flash.lay_out(chunks, table.to(case.query.device), len(case.query))
     out = torch.full_like(case.query, torch.nan)
     flash.attend(laid_out, case.pool, 1, (out, case.query), kind)
@@ -72,21 +71,18 @@ def as_documented(  # noqa: PLR0917 (torch's signature)
 
 @pytest.mark.parametrize("parts", [CHUNKS, MIXED], ids=["chunks", "mixed"])
 @pytest.mark.parametrize("window", [None, 7, 40])
-def test_chunks_get_what_the_reference_path_gives(
-    parts: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_get_what_the_reference_path_gives(parts: list[tuple[int, int]], window: int | None) -> None:
     """Whether they are all of the step or lie between decodes, whose rows stay as they are."""
-    monkeypatch.setattr(flash_attention, "varlen_attn", as_documented)
     case = PagedCase(parts, KvShape(2, 16, 3, 24, torch.float32), 9)
     kind = AttentionKind(0.3, window, None, None)
-    out, of_chunks = attend(case, kind)
+    out, of_chunks = attend(FlashAttention(as_documented), case, kind)
     torch.testing.assert_close(out[of_chunks], case.expected(kind)[of_chunks], atol=1e-5, rtol=1e-5)
     assert out[~of_chunks].isnan().all()
 
 
 def test_what_it_cannot_compute_is_left_to_others() -> None:
     """Soft-caps and sinks."""
-    flash = FlashAttention()
+    flash = FlashAttention(as_documented)
     assert flash.suits(AttentionKind(0.3, 40, None, None))
     assert not flash.suits(AttentionKind(0.3, None, 5.0, None))
     assert not flash.suits(AttentionKind(0.3, None, None, torch.zeros(9)))
@@ -113,7 +109,7 @@ class Wrong(ReferenceAttention):
 
 @pytest.mark.parametrize(
     ("find", "reason"),
-    [(missing, "undefined symbol"), (FlashAttention, "differ from its own")],
+    [(missing, "undefined symbol"), (lambda: FlashAttention(as_documented), "differ from its own")],
     ids=["broken", "wrong"],
 )
 def test_an_engine_does_without_it_where_it_does_not_work(
@@ -141,11 +137,12 @@ def test_an_engine_does_without_it_where_it_does_not_work(
 @pytest.mark.parametrize("window", [None, 40])
 def test_on_a_gpu_chunks_get_what_the_reference_path_gives(window: int | None) -> None:
     """The same with FlashAttention 3 itself; needs a Hopper and its package, and has not been run yet."""
-    if find_flash_attention(torch.device("cuda"), torch.bfloat16) is None:
+    flash = find_flash_attention(torch.device("cuda"), torch.bfloat16)
+    if flash is None:
         pytest.skip(
             "FlashAttention 3 is not here: it needs a Hopper, and to be built from source (flash_attn_interface)"
         )
     case = PagedCase(MIXED, KvShape(2, 16, 3, 64, torch.bfloat16), 9)
     kind = AttentionKind(0.125, window, None, None)
-    out, of_chunks = attend(case, kind)
+    out, of_chunks = attend(flash, case, kind)
     torch.testing.assert_close(out[of_chunks], case.expected(kind)[of_chunks], atol=3e-2, rtol=3e-2)

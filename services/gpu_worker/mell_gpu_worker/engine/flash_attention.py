@@ -1,18 +1,13 @@
 """FlashAttention 3 for prefill, through torch's `varlen_attn`: where its package is, on Hopper, in half precision."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    list_flash_attention_impls,
-    restore_flash_attention_impl,
-)
-from torch.nn.attention.varlen import varlen_attn
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.kv_pool import KvPool
@@ -46,6 +41,10 @@ class FlashAttention:
     card idle where a row has one query: decodes are not for it.
     """
 
+    def __init__(self, varlen_attn: Callable[..., Any]) -> None:
+        """`varlen_attn` is torch's."""
+        self._varlen_attn = varlen_attn
+
     def suits(self, kind: AttentionKind) -> bool:
         """Whether it computes this kind of attention."""
         return kind.softcap is None and kind.sinks is None
@@ -68,7 +67,7 @@ class FlashAttention:
     ) -> None:
         """Write the chunks' rows of the output, given the queries; both [tokens, heads, head_dim]."""
         out, query = io
-        found: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # nothing else is asked for
+        found = self._varlen_attn(
             query if chunks.tokens is None else query.index_select(0, chunks.tokens),
             pool.keys(layer),
             pool.values(layer),
@@ -91,18 +90,23 @@ class FlashAttention:
 
 
 def find_flash_attention(device: torch.device, dtype: torch.dtype) -> FlashAttention | None:
-    """Return it where the machine has it. Raises whatever its package raises if that does not load."""
+    """Return it where the machine has it; raises whatever its package or a torch too old for it raises."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     if torch.cuda.get_device_capability(device)[0] != _HOPPER or importlib.util.find_spec(_PACKAGE) is None:
         return None
-    if _NAME not in list_flash_attention_impls():
-        return None
+    # Younger than the oldest torch that the engine runs with.
+    from torch.nn.attention import activate_flash_attention_impl  # noqa: PLC0415
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
     activate_flash_attention_impl(_NAME)
-    return FlashAttention()
+    return FlashAttention(varlen_attn)
 
 
 def forget_flash_attention() -> None:
     """Let torch's own attention have its usual kernels again."""
-    if current_flash_attention_impl() == _NAME:
-        restore_flash_attention_impl()
+    with suppress(ImportError):
+        from torch.nn.attention import current_flash_attention_impl, restore_flash_attention_impl  # noqa: PLC0415
+
+        if current_flash_attention_impl() == _NAME:
+            restore_flash_attention_impl()

@@ -189,7 +189,7 @@ def _checked_backend(
         flash = find_flash_attention(device, shape.dtype)
         if flash is not None:
             return checked(choose_backend(device, flash))
-    except (EngineError, ImportError, RuntimeError, ValueError) as error:
+    except (EngineError, ImportError, RuntimeError, TypeError, ValueError) as error:
         forget_flash_attention()
         structlog.get_logger().warning("no_flash_attention", reason=str(error))
     return checked(choose_backend(device))
