@@ -1,15 +1,18 @@
 """On CUDA, or where there is none in Triton's interpreter: `TRITON_INTERPRET=1 pytest -m gpu FILE`, 20 s a test."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from mell_gpu_worker.engine.attention import AttentionKind
 from mell_gpu_worker.engine.decode_step import DecodeInputs, DecodeStep
+from mell_gpu_worker.engine.flash_attention import FlashAttention
 from mell_gpu_worker.engine.kv_pool import KvShape
 from mell_gpu_worker.engine.paged_step import PagedStep
 from tests.gpu_worker.engine.paged_case import PagedCase
+from tests.gpu_worker.engine.test_flash_attention import as_documented
 
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; Triton's interpreter has no bfloat16")
@@ -45,6 +48,24 @@ def test_split_keys_equal_the_reference(dtype: torch.dtype) -> None:
     sinks = case.random(6).to(dtype)
     for window, softcap, sink in [(None, None, None), (None, 5.0, sinks), (700, None, sinks), (40, 5.0, None)]:
         require_equal(case, AttentionKind(0.25, window, softcap, sink), 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_flash_attention_takes_the_chunks_it_can(softcap: float | None) -> None:
+    """And nothing else: decodes, and all of a layer that it does not compute, go through the kernels."""
+    from mell_gpu_worker.engine.triton_attention import TritonAttention
+
+    asked: list[int] = []
+
+    def counted(query: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        asked.append(len(query))
+        return as_documented(query, *arguments, **named)
+
+    case = PagedCase(PARTS, KvShape(2, 16, 3, 64, torch.float32), 9)
+    kind = AttentionKind(0.125, 40, softcap, None)
+    found = TritonAttention(FlashAttention(counted)).attend(case.step, 1, case.query, case.fresh, kind)
+    torch.testing.assert_close(found, case.expected(kind), atol=1e-4, rtol=1e-4)
+    assert asked == ([] if softcap else [sum(count for _, count in PARTS if count > 1)])
 
 
 @pytest.mark.parametrize("window", [None, 600])
