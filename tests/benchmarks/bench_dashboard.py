@@ -20,7 +20,7 @@ from mell_shared.messages.admin import ADMIN_REPLY, Live, Status
 from mell_shared.messages.scheduler import SequenceFinished
 from tests.benchmarks import bench_scheduler_core
 from tests.benchmarks.bench_scheduler_core import ROUNDS, Busy, ask, cpu_us, handle_all
-from tests.benchmarks.figures import print_table, size, spread
+from tests.benchmarks.figures import print_table, spread
 from tests.dashboard.browser import CHROMIUM, NO_CHROMIUM, chromium
 from tests.dashboard.imaginary import ImaginaryGateway, imaginary_frontend
 
@@ -144,9 +144,7 @@ def shadowed(workers: int, shadow: str | None) -> Busy:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [20, 100, 1_000])
 def test_shadow(workers: int) -> None:
-    """Print what the shadow policy adds, in turn with a core that has none; BENCH_WORKERS: the largest."""
-    if workers > size("WORKERS", 100):
-        pytest.skip("takes minutes at this size: set BENCH_WORKERS as large to run it")
+    """Print what the shadow policy adds, in turn with a core that has none."""
     cores = {name: shadowed(workers, name) for name in (None, "worst-fit")}
     figures: dict[tuple[str, str | None], list[float]] = {}
     for turn in range(ROUNDS):
