@@ -9,14 +9,16 @@ from mell_shared.process import StartError
 from mell_shared.tracing import Attributes, Kind, NoTracer, Span, Tracer
 
 _ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_TIMEOUT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
 _EXPORT_TIMEOUT_S = 2.0
+"""Unless those variables say another: a process that ends waits as long for a collector that does not answer."""
 
 
 def open_tracer(endpoint: str, *, service: str, process: str) -> Tracer:
     """Return what traces to the collector at `endpoint`, else to where OpenTelemetry's own variables say, else nowhere.
 
-    Raises `StartError` if that is wanted and the packages are not installed. Sampling and headers are those of
-    OpenTelemetry's variables (`OTEL_TRACES_SAMPLER`, `OTEL_EXPORTER_OTLP_HEADERS`).
+    Raises `StartError` if that is wanted and the packages are not installed. Sampling, headers and
+    timeouts are those of OpenTelemetry's variables (`OTEL_TRACES_SAMPLER`, `OTEL_EXPORTER_OTLP_HEADERS`, ...).
     """
     if not endpoint and not any(os.environ.get(name) for name in _ENDPOINT_VARIABLES):
         return NoTracer()
@@ -33,7 +35,8 @@ def open_tracer(endpoint: str, *, service: str, process: str) -> Tracer:
     url = f"{endpoint.rstrip('/').removesuffix('/v1/traces')}/v1/traces" if endpoint else None
     named = {"service.name": f"mell-{service}", "service.instance.id": process}
     provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT_S)))
+    timeout_s = None if any(os.environ.get(name) for name in _TIMEOUT_VARIABLES) else _EXPORT_TIMEOUT_S
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=timeout_s)))
     return OtelTracer(provider)
 
 

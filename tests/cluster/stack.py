@@ -33,11 +33,11 @@ LOSING = QUICK | {"MELL_WORKER_SILENCE_S": "5"}
 """For tests that kill workers; as users have it."""
 
 
-def eventually(condition: Callable[[], Any], what: str, patience_s: float = _PATIENCE_S) -> Any:
-    """Return the first true value of `condition`."""
+def eventually(condition: Callable[[], Any], what: str | Callable[[], str], patience_s: float = _PATIENCE_S) -> Any:
+    """Return the first true value of `condition`; `what` may be asked at the end, to tell how things stand then."""
     deadline_s = time.monotonic() + patience_s
     while not (value := condition()):
-        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        assert time.monotonic() < deadline_s, f"never happened: {what if isinstance(what, str) else what()}"
         time.sleep(0.02)
     return value
 
@@ -72,7 +72,7 @@ class Service:
         """Wait for its `ready` event and return it."""
         events = eventually(
             lambda: self.events("ready") or self.process.poll() is not None,
-            f"ready in {self._log.read_text()}",
+            lambda: f"ready in {self._log.read_text()}",
             patience_s,
         )
         assert isinstance(events, list), f"it ended: {self._log.read_text()}"

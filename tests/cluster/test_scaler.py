@@ -35,15 +35,20 @@ def test_a_leader_change_neither_starts_nor_stops_and_an_empty_worker_goes(tmp_p
         stack.start_worker("worker-1", step_us=60_000, kv_blocks=28).ready()
         frontend = stack.start_frontend()
         with stack.client(frontend) as client:
-            flags = ["--max-workers", "2", "--scale-down-s", "3", "--scale-cooldown-s", "1", "--stop-order", "last"]
+            times = ["--scale-up-s", "0", "--scale-down-s", "3", "--scale-cooldown-s", "1"]
+            flags = ["--max-workers", "2", *times, "--stop-order", "last"]
             command = f"{sys.executable},{program},{told}"
             scaler = stack.start(
                 "mell_console", "scaler", "--url", str(client.base_url), "--scale-command", command, *flags
             )
             scaler.ready()
-            # Each ends with 16 blocks or so: not all of them fit on one worker.
-            streams = [StreamedChat(client, 240) for _ in range(3)]
-            eventually(lambda: told.read_text() == "start 2 worker-2\n", f"an order: {scaler.lines()}")
+            # Each ends with 26 blocks or so: no two of them fit on one worker, for long enough to be seen.
+            streams = [StreamedChat(client, 400) for _ in range(3)]
+
+            def told_so_far() -> str:
+                return f"{told.read_text()!r} is told, by {scaler.lines()}"
+
+            eventually(lambda: told.read_text() == "start 2 worker-2\n", told_so_far)
             first.kill()
             eventually(lambda: leads(second), "another leader")
             added = stack.start_worker("worker-2", step_us=60_000, kv_blocks=28)
@@ -52,7 +57,7 @@ def test_a_leader_change_neither_starts_nor_stops_and_an_empty_worker_goes(tmp_p
                 stream.read()
                 assert stream.finish_reason == "length"
             orders = "start 2 worker-2\nstop 1 worker-2\n"
-            eventually(lambda: told.read_text() == orders, f"an order to stop: {scaler.lines()}", 60)
+            eventually(lambda: told.read_text() == orders, told_so_far)
             status = STATUS.validate_python(client.get("/admin/status").json())
             [worker] = [row for row in status.workers if row.name == "worker-2"]
             assert (worker.state, worker.sequences) == ("drained", 0)

@@ -22,7 +22,8 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
     """A scheduler and two workers, all of which send spans."""
-    settings = {**QUICK, "MELL_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    sending = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
+    settings = {**QUICK, "MELL_OTLP_ENDPOINT": collector.url, **sending}
     with Stack(tmp_path_factory.mktemp("tracing"), settings) as stack:
         for service in [
             stack.start_scheduler(),
@@ -74,7 +75,7 @@ def test_a_request_that_moves_is_one_trace(stack: Stack, collector: Collector) -
     expected = {**placing, "generate": 2, "migrate": 1, "move out": 1, "move in": 1}
     eventually(
         lambda: sum(map(len, spans_of(collector, CLIENTS).values())) >= sum(expected.values()),
-        "the spans of a request and its move",
+        lambda: f"the spans of a request and its move: {sorted(spans_of(collector, CLIENTS))}",
     )
     found = spans_of(collector, CLIENTS)
     assert {name: len(spans) for name, spans in found.items()} == expected
