@@ -111,12 +111,23 @@ def test_losing_the_race_for_a_free_lease() -> None:
 
 
 def test_a_taking_whose_answer_was_lost_is_found_again() -> None:
-    """The key says that it is ours: renewing it makes sure, and leading counts from that."""
+    """The key says that it is ours: taking it again makes sure, and leading counts from that."""
     lease = Lease("me", LeaseSettings())
     lease.handle(Looked(None), 0, 100)
     assert lease.handle(Unanswered(), SECOND, 100) == Look(2 * SECOND)
-    assert lease.handle(Looked(Held(MINE, 5)), 2 * SECOND, 100) == Write(MINE, 5, 2 * SECOND)
+    assert lease.handle(Looked(Held(MINE, 5)), 2 * SECOND, 100) == Write(LeaseValue("me", 101), 5, 2 * SECOND)
     assert not lease.leads(2 * SECOND)
+
+
+@pytest.mark.parametrize("seen", [Looked(Held(MINE, 6)), Written(MINE, 6, 3 * SECOND)], ids=["looked", "late answer"])
+def test_who_stopped_leading_begins_again_in_a_new_term(seen: LeaseEvent) -> None:
+    """Also while the key is still its own: moves are numbered from one in each term, and workers know the old ones."""
+    lease = leading()
+    assert lease.lapse(4 * SECOND)
+    again = LeaseValue("me", 101)
+    assert lease.handle(seen, 4 * SECOND, 100) == Write(again, 6, 4 * SECOND)
+    lease.handle(Written(again, 7, 4 * SECOND), 4 * SECOND, 100)
+    assert lease.held == Held(again, 7)
 
 
 def test_lapsing_is_told_once() -> None:
@@ -156,6 +167,8 @@ class Election:
         self.count = 0
         self.loss = 0.3
         self.terms: dict[int, int] = {}
+        self.ended: set[int] = set()
+        self.led: list[int | None] = [None] * candidates
         self.waits: dict[int, int] = {}
         for number in range(candidates):
             self.later(0, "ask", number, Look(0))
@@ -215,8 +228,15 @@ class Election:
         self.later(command.at_us, "ask", number, command)
 
     def check(self) -> None:
-        """At most one leads, and no two ever lead in one term."""
+        """At most one leads, no two ever lead in one term, and none again in a term in which it stopped."""
         now_us = self.clock.now_us()
+        for number, lease in enumerate(self.leases):
+            lease.lapse(now_us)
+            term = lease.held.value.term if lease.held else None
+            if term != self.led[number] and self.led[number] is not None:
+                self.ended.add(self.led[number] or 0)
+            assert term not in self.ended, "a term begins anew"
+            self.led[number] = term
         leaders = [number for number, lease in enumerate(self.leases) if lease.leads(now_us)]
         assert len(leaders) <= 1, "two lead"
         for number in leaders:

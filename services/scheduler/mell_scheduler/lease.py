@@ -8,7 +8,8 @@ network does, as long as clocks run at about the same speed.
 |---|---|---|---|
 | following | `Looked` nothing | following, takes at once | the key has expired or never was |
 | following | `Looked` another's | following, looks again later | it leads |
-| following | `Looked` mine | following, renews at once | the answer to my taking got lost |
+| following | `Looked` mine | following, takes at once in a new term | I led, or the answer to my taking got lost |
+| following | `Written` in a term that I led | following, takes at once in a new term | the answer came too late |
 | following | `Written` | leading | |
 | following | `Conflicted`, `Unanswered` | following, looks again later | another was faster, or nobody knows |
 | leading | `Written` | leading, renews later | |
@@ -38,7 +39,10 @@ class LeaseSettings:
 
 @dataclass(frozen=True, slots=True)
 class LeaseValue:
-    """What the key holds. `term` rises with every leader, and travels with its commands."""
+    """What the key holds. `term` rises whenever leading begins, and travels with a leader's commands.
+
+    Who led, stopped and leads again has forgotten what it numbered in its last term.
+    """
 
     scheduler: str
     term: int
@@ -121,6 +125,8 @@ class Lease:
         self._scheduler = scheduler
         self._settings = settings
         self._highest_term = 0
+        self._led_term = 0
+        """The last in which leading began."""
         self._held: Held | None = None
         """What is led by, as last known."""
         self._valid_until_us = 0
@@ -153,7 +159,7 @@ class Lease:
             case Looked():
                 return self._looked(event.held, now_us, unix_ms)
             case Written():
-                return self._written(event, now_us)
+                return self._written(event, now_us, unix_ms)
             case Conflicted():
                 return Look(now_us if self._held else now_us + self._settings.poll_us)
             case Unanswered():
@@ -162,15 +168,22 @@ class Lease:
     def _looked(self, held: Held | None, now_us: int, unix_ms: int) -> LeaseCommand:
         if held is not None:
             self._highest_term = max(self._highest_term, held.value.term)
-            if held.value.scheduler == self._scheduler:
+            if held.value.scheduler != self._scheduler:
+                self._held = None
+                return Look(now_us + self._settings.poll_us)
+            if self._held is not None:
                 return Write(held.value, held.revision, now_us)
         self._held = None
-        if held is not None:
-            return Look(now_us + self._settings.poll_us)
-        return Write(LeaseValue(self._scheduler, max(self._highest_term + 1, unix_ms)), 0, now_us)
+        return self._take(0 if held is None else held.revision, now_us, unix_ms)
 
-    def _written(self, event: Written, now_us: int) -> LeaseCommand:
+    def _take(self, revision: int, now_us: int, unix_ms: int) -> LeaseCommand:
+        return Write(LeaseValue(self._scheduler, max(self._highest_term + 1, unix_ms)), revision, now_us)
+
+    def _written(self, event: Written, now_us: int, unix_ms: int) -> LeaseCommand:
         self._highest_term = max(self._highest_term, event.value.term)
+        if self._held is None and event.value.term <= self._led_term:
+            return self._take(event.revision, now_us, unix_ms)
+        self._led_term = event.value.term
         self._held = Held(event.value, event.revision)
         self._valid_until_us = event.sent_us + self._settings.valid_us
         if self.lapse(now_us):

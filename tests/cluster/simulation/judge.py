@@ -9,7 +9,7 @@ from mell_frontend.stream.events import TokensArrived
 from mell_gpu_worker.core.step import StepRow
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.messages.frontend import Claim, FrontendReply, Granted, TokensGenerated
-from mell_shared.messages.worker import Submit
+from mell_shared.messages.worker import Migrate, Submit
 from mell_shared.models import FAKE_EOS_ID
 from tests.cluster.simulation.clock import EventQueue
 from tests.cluster.simulation.story import Story
@@ -42,6 +42,7 @@ class Judge:
         self._latest: dict[str, int] = {}
         """The last generation that was given to anybody."""
         self._publishers: dict[tuple[str, int], str] = {}
+        self._moves: dict[str, tuple[str, int]] = {}
 
     def saw(self, process: str, event: object, commands: object) -> None:
         """Note what a core was told and what it wants."""
@@ -132,6 +133,14 @@ class Judge:
         assert before == worker, f"generation {generation} of {sequence} belongs to {before} and to {worker}"
         assert generation >= self._latest.get(sequence, 0), f"{sequence} goes back to generation {generation}"
         self._latest[sequence] = generation
+
+    # --- schedulers
+
+    def ordered(self, order: Migrate) -> None:
+        """A scheduler orders a move, under an id that no other has: workers take a repeat for the same move."""
+        what = (order.sequence, order.generation)
+        before = self._moves.setdefault(order.migration, what)
+        assert before == what, f"move {order.migration} is of {before} and of {what}"
 
     # --- workers
 
