@@ -11,6 +11,8 @@ Item = TypeVar("Item")
 
 _ITEMS_A_TURN = 32
 """After so many items other tasks get the event loop, also if no handler ever waits."""
+_STOOD_STILL_S = 1.0
+"""A tick so late says that the process, or its whole machine, stood still: what others said meanwhile is unread."""
 
 
 class Actor(Generic[Item]):
@@ -67,9 +69,14 @@ class Actor(Generic[Item]):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def every(self, interval_s: float, make: Callable[[], Item]) -> None:
-        """Post what `make` returns now and after each interval; a full mailbox misses it."""
-        self.spawn(self._tick(interval_s, make))
+    def every(
+        self, interval_s: float, make: Callable[[], Item], after_standstill: Callable[[], Item] | None = None
+    ) -> None:
+        """Post what `make` returns now and after each interval; a full mailbox misses it.
+
+        Before the first after the process stood still for over a second comes what `after_standstill` returns.
+        """
+        self.spawn(self._tick(interval_s, make, after_standstill))
 
     def stop(self) -> None:
         """End `run` after the items that wait now; safe to repeat."""
@@ -102,10 +109,14 @@ class Actor(Generic[Item]):
                 self._filled.clear()
                 await self._filled.wait()
 
-    async def _tick(self, interval_s: float, make: Callable[[], Item]) -> None:
+    async def _tick(
+        self, interval_s: float, make: Callable[[], Item], after_standstill: Callable[[], Item] | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         next_s = loop.time()
         while True:
+            if after_standstill is not None and loop.time() - next_s > _STOOD_STILL_S:
+                self.post(after_standstill())
             self.post(make())
             # After a stall the missed ticks are left out: they would all say the same.
             next_s = max(next_s + interval_s, loop.time())

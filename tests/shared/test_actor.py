@@ -1,4 +1,5 @@
 import asyncio
+import time
 
 import pytest
 from structlog.testing import capture_logs
@@ -204,3 +205,19 @@ def test_ticks_come_at_their_interval_and_are_not_made_up_for() -> None:
 
     run_virtually(scenario())
     assert ticks == [0.0, 1.0, 2.0, 3.0, 13.0, 14.0]
+
+
+async def test_a_standstill_is_told_before_the_next_tick() -> None:
+    """Once, and only where somebody wants to know."""
+    told: list[str] = []
+
+    async def handle(item: str) -> None:
+        told.append(item)
+        if len(told) == 2:
+            time.sleep(1.1)  # noqa: ASYNC251 - as if the process were stopped
+        elif len(told) == 6:
+            actor.stop()
+
+    actor = Actor("a", handle)
+    await actor.run(lambda: actor.every(0.01, lambda: "tick", lambda: "stood still"))
+    assert told[2:4] == ["stood still", "tick"]

@@ -33,6 +33,7 @@ from mell_frontend.stream.events import (
     PlaceAnswered,
     SequenceClosed,
     SequenceOpened,
+    StoodStill,
     Ticked,
     TokensArrived,
 )
@@ -169,7 +170,7 @@ class BusGateway:
         self._actor.stop()
 
     def _begin(self, started: Callable[[], None]) -> None:
-        self._actor.every(_TICK_S, self._tick)
+        self._actor.every(_TICK_S, self._tick, after_standstill=StoodStill)
         self._actor.spawn(self._probe_scheduler())
         started()
 

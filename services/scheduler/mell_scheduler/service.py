@@ -167,7 +167,7 @@ class SchedulerService:
         await self._send(answer.handle, told.model_copy(update={"kept": kept}))
 
     def _start_ticking(self) -> None:
-        self._actor.every(TICK_S, Tick)
+        self._actor.every(TICK_S, Tick, after_standstill=ConnectionRestored)
 
     def _reconnected(self) -> None:
         self._actor.post_anyway(ConnectionRestored())

@@ -30,6 +30,7 @@ from mell_frontend.stream.events import (
     ResendFailed,
     SequenceClosed,
     SequenceOpened,
+    StoodStill,
     SubmitAnswered,
     SubmitFailed,
     Ticked,
@@ -70,7 +71,7 @@ class FrontendProcess(Process):
         self.network.connect(self)
         self.network.listen(self, self._subjects.frontend_tokens(self.name), TOKENS_GENERATED, self._got_tokens)
         self.network.listen(self, self._subjects.frontend_control(self.name), FRONTEND_CONTROL, self._asked)
-        self.every(TICK_US, lambda: self.handle(Ticked()))
+        self.every(TICK_US, lambda: self.handle(Ticked()), after_standstill=lambda: self.handle(StoodStill()))
 
     def open(self, request: SequenceRequest) -> None:
         """Let a client begin to read."""

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from tests.cluster.simulation.clock import Action, EventQueue, LocalClock
 
+STOOD_STILL_US = 1_000_000
+
 
 class Process:
     """One incarnation on a machine (`node`). What comes to a dead one is lost, to a stopped one waits."""
@@ -38,14 +40,20 @@ class Process:
         """Set a timer, in local time."""
         self.queue.after(self.clock.real_us(max(0, local_us)), lambda: self.take(action))
 
-    def every(self, local_us: int, action: Action) -> None:
-        """Set a timer again and again; rounds missed while stopped are one."""
+    def every(self, local_us: int, action: Action, after_standstill: Action) -> None:
+        """Set a timer again and again; rounds missed while stopped are one, which another action precedes."""
 
-        def turn() -> None:
+        def turn(due_us: int) -> None:
+            if self.clock.now_us() - due_us > STOOD_STILL_US:
+                after_standstill()
             action()
-            self.after(local_us, turn)
+            begin()
 
-        self.after(local_us, turn)
+        def begin() -> None:
+            due_us = self.clock.now_us() + local_us
+            self.after(local_us, lambda: turn(due_us))
+
+        begin()
 
     def stop(self) -> None:
         """Do nothing from now on."""

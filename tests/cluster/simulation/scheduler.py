@@ -57,7 +57,7 @@ class SchedulerProcess(Process):
         """Join the broker and stand for leader."""
         self.network.connect(self)
         self._stand(Look(self.clock.now_us()))
-        self.every(TICK_US, lambda: self.handle(Tick()))
+        self.every(TICK_US, lambda: self.handle(Tick()), after_standstill=self.connection_restored)
 
     @property
     def leads(self) -> bool:
@@ -176,6 +176,7 @@ class SchedulerProcess(Process):
                     )
                 )  # fmt: skip
 
+        self.judge.ordered(command.order)
         subject = self._subjects.worker_commands(command.source)
         timeout_us = round(self._settings.migrate_timeout_s * 1e6)
         self.network.request(

@@ -10,6 +10,7 @@ from mell_frontend.stream.events import (
     ResendFailed,
     SequenceClosed,
     SequenceOpened,
+    StoodStill,
     SubmitFailed,
     Ticked,
 )
@@ -79,6 +80,14 @@ def test_silence_counts_only_while_we_are_connected() -> None:
     assert bench.handle(ConnectionRestored()) == []
     assert bench.handle(Ticked(), after_us=SECOND_US) == []
     assert placement(bench.handle(Ticked(), after_us=4 * SECOND_US)).message.generation == 2
+
+
+def test_silence_counts_only_while_we_run_ourselves() -> None:
+    """Whose process was paused, with its machine or alone, takes nobody for dead because of it."""
+    bench = streaming()
+    assert bench.handle(StoodStill(), after_us=20 * SECOND_US) == []
+    assert bench.handle(Ticked()) == []
+    assert placement(bench.handle(Ticked(), after_us=5 * SECOND_US)).message.generation == 2
 
 
 def test_streams_fail_when_the_broker_stays_away() -> None:

@@ -31,6 +31,7 @@ from mell_frontend.stream.events import (
     ResendFailed,
     SequenceClosed,
     SequenceOpened,
+    StoodStill,
     SubmitAnswered,
     SubmitFailed,
     SubmitTooLong,
@@ -80,7 +81,7 @@ class FrontendCore:
                 return self._settled(event, now_us)
             case SequenceOpened() | SequenceClosed():
                 return self._wanted(event, now_us)
-            case Ticked() | ConnectionLost() | ConnectionRestored():
+            case Ticked() | StoodStill() | ConnectionLost() | ConnectionRestored():
                 return self._passed(event, now_us)
             case _:
                 assert_never(event)
@@ -135,10 +136,12 @@ class FrontendCore:
             case CancelFailed():
                 return self._liveness.cancel_failed(event, now_us)
 
-    def _passed(self, event: Ticked | ConnectionLost | ConnectionRestored, now_us: int) -> list[Command]:
+    def _passed(self, event: Ticked | StoodStill | ConnectionLost | ConnectionRestored, now_us: int) -> list[Command]:
         match event:
             case Ticked():
                 return self._liveness.ticked(now_us)
+            case StoodStill():
+                return self._liveness.stood_still(now_us)
             case ConnectionLost():
                 return self._liveness.connection_lost(now_us)
             case ConnectionRestored():

@@ -136,6 +136,11 @@ class ConnectionRestored:
 
 
 @dataclass(frozen=True, slots=True)
+class StoodStill:
+    """This process did nothing for a while, as when its machine is paused: what others said may be unread."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed; comes several times a second."""
 
@@ -156,5 +161,6 @@ Event = (
     | CancelFailed
     | ConnectionLost
     | ConnectionRestored
+    | StoodStill
     | Ticked
 )

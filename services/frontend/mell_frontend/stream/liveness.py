@@ -11,7 +11,7 @@ from mell_frontend.stream.tokens import TokenIntake
 
 
 class Liveness:
-    """Decides when an owner is lost. Silence counts only while our own connection is up."""
+    """Decides when an owner is lost. Silence counts only while our own connection is up and we run ourselves."""
 
     def __init__(self, limits: StreamLimits, book: Book, life: Life, intake: TokenIntake) -> None:
         self._limits = limits
@@ -29,6 +29,10 @@ class Liveness:
     def connection_restored(self, now_us: int) -> list[Command]:
         """Begin to count silence anew."""
         self._disconnected_us = None
+        return self.stood_still(now_us)
+
+    def stood_still(self, now_us: int) -> list[Command]:
+        """Nobody could be heard: begin to count silence anew."""
         for worker in self._book.owners:
             self._book.hear(worker, now_us)
         return []

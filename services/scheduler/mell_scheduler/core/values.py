@@ -95,7 +95,7 @@ class LeadershipEnded:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionRestored:
-    """The scheduler's own connection was down, and with it every report: nobody's silence counts."""
+    """The scheduler could hear nobody, its own connection being down or itself paused: nobody's silence counts."""
 
 
 @dataclass(frozen=True, slots=True)
