@@ -321,7 +321,13 @@ def live_state(client: httpx.Client) -> dict[str, Any]:
 def test_it_says_so_when_the_scheduler_is_gone_and_comes_back_with_it(
     page: Page, stack: Stack, schedulers: list[Service]
 ) -> None:
-    """What is shown is marked as old; orders wait; the next scheduler's state replaces it, without a reload."""
+    """What is shown is marked as old; orders wait; the next scheduler's state replaces it, without a reload.
+
+    Not its first, which may lack those that it has not heard yet: whoever looks at a GPU goes on looking at it.
+    """
+    page.locator(".gpu", has_text="one").click()
+    panel = page.get_by_role("complementary").get_by_role("heading", name="one")
+    expect(panel).to_be_focused()
     schedulers[-1].kill()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text(re.compile(r"no scheduler answers .*What you see is .* old"))
@@ -333,6 +339,7 @@ def test_it_says_so_when_the_scheduler_is_gone_and_comes_back_with_it(
     expect(alert).to_be_hidden()
     expect(page.locator(".gpu .name")).to_have_text(["one", "two"])
     expect(page.get_by_role("button", name="Pause moving")).to_be_enabled()
+    expect(panel).to_be_visible()
 
 
 def test_it_says_so_when_the_frontend_is_gone(context: BrowserContext, stack: Stack) -> None:

@@ -222,6 +222,21 @@ async def test_refusals_are_errors_with_the_scheduler_s_words(
     assert ("retry-after" in response.headers) == (status == 503)
 
 
+async def test_an_order_waits_for_a_leader_that_does_not_know_everybody_yet(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of leaders costs an operator a moment; a leader that never gets to know is told of in the end."""
+    early = AdminRefused(reason="not_ready", message="just begun")
+    gateway.answers += [early, early, moves("committed")]
+    assert (await client.post(MIGRATE, json={"to": "w2"})).status_code == 200
+    assert len(set(gateway.orders)) == 1
+    monkeypatch.setattr("mell_frontend.admin._NEW_LEADER_S", 0.0)
+    gateway.answers.append(early)
+    response = await client.post(MIGRATE, json={"to": "w2"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert "retry-after" in response.headers
+
+
 async def test_a_move_is_followed_to_its_end(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     """The same ask is repeated until every sequence's move has come out; a scheduler that is away costs time only."""
     away = GenerationError("unavailable", "no scheduler answers")

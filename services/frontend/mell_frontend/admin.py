@@ -44,6 +44,8 @@ B = TypeVar("B", bound="AdminBody")
 _JSON, _EVENT_STREAM = "application/json", "text/event-stream"
 _LONGEST_NAME = 200
 _RETRY_S = 0.5
+_NEW_LEADER_S = 5.0
+"""So long an order waits for a scheduler that leads only now: after two of the workers' reports it knows everybody."""
 _REFUSALS: dict[str, int] = {
     "invalid": 400,
     "wrong_model": 400,
@@ -197,7 +199,7 @@ class AdminApi:
     async def _first(self, order: MigrateRequest) -> tuple[AdminReply | None, GenerationError | None]:
         """Order the moves; no answer, and why, if a scheduler may have begun them and gone before it said so."""
         try:
-            return _accepted(await self._gateway.admin(order)), None
+            return await self._told(order), None
         except GenerationError as error:
             if not error.in_doubt:
                 raise
@@ -216,7 +218,16 @@ class AdminApi:
         return last
 
     async def _ask(self, order: AdminRequest) -> Response:
-        return JSONResponse(_accepted(await self._gateway.admin(order)).model_dump(mode="json"))
+        return JSONResponse((await self._told(order)).model_dump(mode="json"))
+
+    async def _told(self, order: AdminRequest) -> AdminReply:
+        """Return the scheduler's answer, which one that leads only now may not have yet. Raises if it refuses."""
+        deadline_us = self._clock.now_us() + round(_NEW_LEADER_S * 1e6)
+        reply = await self._gateway.admin(order)
+        while isinstance(reply, AdminRefused) and reply.reason == "not_ready" and self._clock.now_us() < deadline_us:
+            await asyncio.sleep(_RETRY_S)
+            reply = await self._gateway.admin(order)
+        return _accepted(reply)
 
 
 class _Watching(Response):

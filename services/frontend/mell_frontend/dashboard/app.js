@@ -27,6 +27,11 @@ let heard_ms = 0;
 
 const feed = new api.Feed({
   state(state) {
+    // A scheduler that leads only now does not know everybody yet: the last state is nearer to the truth.
+    if (!state.status.settled && heard_ms) {
+      link("trouble", "new scheduler", "A scheduler has just begun to lead and hears from the workers.", "");
+      return;
+    }
     heard_ms = Date.now();
     const fresh = cluster.take(state);
     link("live", "live");
