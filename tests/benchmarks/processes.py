@@ -105,30 +105,41 @@ class MeasuredStack:
         return {name: process.memory_info().rss / 1e6 for name, process in self.processes.items()}
 
     def load(self, *, tell: Callable[[int, int], None] = lambda began, ended: None, **settings: Any) -> Round:
-        """Run `mell bench`'s load from this process; every answer must come whole.
+        """See `run_load`."""
+        return run_load(BenchSettings(url=self.url, model=self._model, **settings), self.cpu_s, tell)
 
-        The warm-up comes first, uncounted.
-        """
-        chosen = BenchSettings(url=self.url, model=self._model, **settings)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            done = runner.run(self._load(chosen, tell))
-        assert not done.report["errors"], done.report["errors"]
-        return done
 
-    async def _load(self, settings: BenchSettings, tell: Callable[[int, int], None]) -> Round:
-        http = HttpClient(self.url, {})
-        try:
-            target = Target(settings, self._model, http, SystemClock())
-            load = Load(target, await warm_up(target), tell)
-            before = self.cpu_s()
-            outcomes, cost = await load.run(plan_shots(settings))
-            after = self.cpu_s()
-        finally:
-            http.close()
-        used = {name: after[name] - before[name] for name in after}
-        lengths = [outcome.prompt_tokens for outcome in outcomes]
-        pieces = sum(outcome.pieces for outcome in outcomes)
-        return Round(summarise(outcomes, cost), used | {CLIENT: cost.cpu_s}, lengths, pieces)
+def run_load(
+    settings: BenchSettings,
+    cpu_s: Callable[[], dict[str, float]],
+    tell: Callable[[int, int], None] = lambda began, ended: None,
+) -> Round:
+    """Run `mell bench`'s load from this process; every answer must come whole.
+
+    `cpu_s` tells the CPU seconds of each process that counts. The warm-up comes first, uncounted.
+    """
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        done = runner.run(_load(settings, cpu_s, tell))
+    assert not done.report["errors"], done.report["errors"]
+    return done
+
+
+async def _load(
+    settings: BenchSettings, cpu_s: Callable[[], dict[str, float]], tell: Callable[[int, int], None]
+) -> Round:
+    http = HttpClient(settings.url, {})
+    try:
+        target = Target(settings, settings.model, http, SystemClock())
+        load = Load(target, await warm_up(target), tell)
+        before = cpu_s()
+        outcomes, cost = await load.run(plan_shots(settings))
+        after = cpu_s()
+    finally:
+        http.close()
+    used = {name: after[name] - before[name] for name in after}
+    lengths = [outcome.prompt_tokens for outcome in outcomes]
+    pieces = sum(outcome.pieces for outcome in outcomes)
+    return Round(summarise(outcomes, cost), used | {CLIENT: cost.cpu_s}, lengths, pieces)
 
 
 class BareEngine:

@@ -90,8 +90,8 @@ class Engine(Protocol):
 class PacedEngine(Engine, Protocol):
     """An engine with a pace and a memory of its own: it goes on with what it was given also between steps.
 
-    For it a step is a look: it returns as soon as some row has something, soon in any case, and says which rows are
-    pending. A sequence that is in no row of a step is wanted no more. `token_ids` of a row is one and the same list
+    For it a step is a look: it returns as soon as some row has something, or somebody wakes it, and says which rows
+    are pending. A sequence that is in no row of a step is wanted no more. `token_ids` of a row is one and the same list
     for as long as its sequence goes on as it was.
     """
 
@@ -100,6 +100,10 @@ class PacedEngine(Engine, Protocol):
 
         Called each second or so, from any thread, also while `execute` runs. Raises `EngineError` as `execute` does.
         """
+        ...
+
+    def wake(self) -> None:
+        """End the look under way, or the next one: something else has happened. Called from any thread."""
         ...
 
     def rest(self) -> None:

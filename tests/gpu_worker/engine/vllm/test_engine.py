@@ -1,5 +1,6 @@
 """Sequences at a server that is slow, leaves, comes back, breaks off, and talks nonsense."""
 
+import threading
 import time
 from typing import Any
 
@@ -27,13 +28,28 @@ def test_several_tokens_at_once_are_taken_one_by_one(server: FakeVllm, start_eng
     assert (each.output, each.end) == (expected(PROMPT, 23), "length")
 
 
-def test_a_look_does_not_wait_for_who_has_nothing(server: FakeVllm, start_engine: StartEngine) -> None:
-    """While one has no token, it is pending, and a step ends soon all the same."""
+def test_a_look_ends_also_without_a_token(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Who has none is pending."""
     server.knobs.mute = True
     each, looks = job(PROMPT, GREEDY), Looks(start_engine())
-    for _ in range(3):
+    for _ in range(2):
         looks.step({"s": each})
-    assert (looks.pending, each.output) == (3, [])
+    assert (looks.pending, each.output) == (2, [])
+
+
+def test_a_look_ends_when_it_is_woken(
+    server: FakeVllm, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under way, or before it has begun: what has happened meanwhile is not kept waiting."""
+    monkeypatch.setattr("mell_gpu_worker.engine.vllm.engine._LOOK_S", 60.0)
+    server.knobs.mute = True
+    engine = start_engine()
+    each, looks = job(PROMPT, GREEDY), Looks(engine)
+    engine.wake()
+    looks.step({"s": each})
+    threading.Timer(0.05, engine.wake).start()
+    looks.step({"s": each})
+    assert (looks.pending, each.output) == (2, [])
 
 
 def test_who_is_in_no_row_is_ended_at_the_server(server: FakeVllm, start_engine: StartEngine) -> None:

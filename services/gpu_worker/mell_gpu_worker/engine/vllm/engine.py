@@ -27,8 +27,8 @@ from mell_gpu_worker.engine.vllm.stream import Stream, Streaming
 from mell_gpu_worker.engine.vllm.warm_up import WarmUp, WarmUps
 from mell_shared.models import ModelNotFoundError, locate_model
 
-_LOOK_S = 0.02
-"""Longest time for which a step waits for a token; then those that came meanwhile get their turn."""
+_LOOK_S = 1.0
+"""Longest time for which a step waits for a token, or for being woken."""
 _GATHER_S = 0.002
 """A server's tokens of one step come within about this time: one message instead of many."""
 _FACTS_S = 300.0
@@ -73,12 +73,13 @@ class VllmEngine:
         began_ns = time.perf_counter_ns()
         self._check_process()
         self._streaming.check()
-        self._news.clear()
         self._keep({row.sequence for row in rows})
         for row in rows:
             self._follow(row)
         if not any(self._open[row.sequence].ready for row in rows) and self._news.wait(_LOOK_S) and len(rows) > 1:
             time.sleep(_GATHER_S)
+        # Before it is looked at what there is: what comes from now on is for the next look.
+        self._news.clear()
         sampled: list[SampledToken | None] = []
         result = StepResult((), 0)
         pending: set[int] = set()
@@ -131,6 +132,10 @@ class VllmEngine:
         if work is not None:
             closing = self._streaming.close if isinstance(work, Stream) else self._warm_ups.close
             self._parts.loop.call(closing, work)
+
+    def wake(self) -> None:
+        """End the look under way, or the next one; see `PacedEngine`."""
+        self._news.set()
 
     def rest(self) -> None:
         """Drop all that goes on for anybody."""
