@@ -2,12 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from mell_gpu_worker.core.events import EngineAway, EngineFailed, PoolMeasured, StepFinished
-from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.base import Engine, EngineAwayError, EngineError, PacedEngine
 
 T = TypeVar("T")
@@ -27,11 +27,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name=_THREAD_NAME, daemon=True)
         self._thread.start()
 
-    async def run(self, job: Callable[[], T]) -> T:
-        """Return what `job` returns on the thread, or raise what it raises; if cancelled, `job` still runs."""
+    def begin(self, job: Callable[[], T]) -> "asyncio.Future[T]":
+        """Hand `job` to the thread; the future has what it returns or raises. If cancelled, `job` still runs."""
         done: asyncio.Future[T] = self._loop.create_future()
         self._jobs.put((done, job))
-        return await done
+        return done
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Return what `job` returns on the thread, or raise what it raises."""
+        return await self.begin(job)
 
     def close(self) -> None:
         """End the thread after the jobs given so far; safe to repeat."""
@@ -74,20 +78,33 @@ class EngineRunner:
 
     def __init__(self, engine: Engine, thread: EngineThread, step_timeout_s: float) -> None:
         self._engine = engine
+        self._paced = engine if isinstance(engine, PacedEngine) else None
         self._thread = thread
         self._step_timeout_s = step_timeout_s
 
-    async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
-        """Run one step and return what came of it; one at a time."""
+    def step(self, rows: Sequence[StepRow]) -> Coroutine[Any, Any, StepFinished | EngineFailed]:
+        """Begin one step at once, unless it is an instant one; what is returned waits for what comes of it.
+
+        One at a time.
+        """
+        if self._engine.spec.instant:
+            return self._step_here(rows)
+        return self._outcome(self._thread.begin(lambda: self._engine.execute(rows)))
+
+    async def _outcome(self, step: "asyncio.Future[StepResult]") -> StepFinished | EngineFailed:
         try:
-            if not self._engine.spec.instant:
-                async with asyncio.timeout(self._step_timeout_s):
-                    return StepFinished(await self._thread.run(lambda: self._engine.execute(rows)))
-            result = self._engine.execute(rows)
+            async with asyncio.timeout(self._step_timeout_s):
+                return StepFinished(await step)
         except EngineError as error:
             return EngineFailed(str(error))
         except TimeoutError:
             return EngineFailed(f"a step took longer than {self._step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)")
+
+    async def _step_here(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
+        try:
+            result = self._engine.execute(rows)
+        except EngineError as error:
+            return EngineFailed(str(error))
         # Whoever waits for the event loop comes before the next step.
         await asyncio.sleep(0)
         return StepFinished(result)
@@ -95,22 +112,27 @@ class EngineRunner:
     @property
     def measurable(self) -> bool:
         """Whether the engine's memory is its own business, and has to be asked for."""
-        return isinstance(self._engine, PacedEngine)
+        return self._paced is not None
 
     async def measure(self) -> PoolMeasured | EngineAway | EngineFailed:
         """Ask an engine with memory of its own how it stands; steps go on meanwhile."""
-        assert isinstance(self._engine, PacedEngine)
+        assert self._paced is not None
         try:
-            return await asyncio.to_thread(self._engine.measure)
+            return await asyncio.to_thread(self._paced.measure)
         except EngineAwayError as error:
             return EngineAway(str(error))
         except EngineError as error:
             return EngineFailed(str(error))
 
+    def wake(self) -> None:
+        """Let an engine with a pace of its own end the step under way soon: there is something to be decided."""
+        if self._paced is not None:
+            self._paced.wake()
+
     async def rest(self) -> None:
         """Let an engine with a pace of its own drop what goes on, after the step under way."""
-        assert isinstance(self._engine, PacedEngine)
-        await self._thread.run(self._engine.rest)
+        assert self._paced is not None
+        await self._thread.run(self._paced.rest)
 
     def kv_block(self, index: int) -> Any:
         """Return the memory of a pool block, as the engine port says."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from functools import partial
 
 import structlog
@@ -30,6 +31,7 @@ from mell_gpu_worker.core.events import (
     ConnectionLost,
     ConnectionRestored,
     EngineAway,
+    EngineFailed,
     Event,
     StepFinished,
     StopRequested,
@@ -188,19 +190,23 @@ class WorkerService:
     async def _handle(self, event: Event) -> None:
         if isinstance(event, StepFinished):
             self.counts.took_step(event.result)
+        else:
+            self._engine.wake()
         now_us = self._clock.now_us()
         commands = self.core.handle(event, now_us)
         self._traces.follow(event, commands, now_us)
         if commands and self._log.is_enabled_for(logging.DEBUG):
             # Kinds only: what they hold are people's texts.
             self._log.debug("handled", cause=_kind(event), commands=[_kind(command) for command in commands])
-        for command in commands:
+        # The step first: the device works while the rest is told.
+        for command in sorted(commands, key=lambda command: not isinstance(command, RunStep)):
             await self._perform(command)
 
     async def _perform(self, command: Command) -> None:
         match command:
-            case RunStep():
-                self._actor.spawn(self._run_step(command))
+            case RunStep(rows):
+                self._actor.spawn(self._tell_outcome(self._engine.step(rows)))
+                await asyncio.sleep(0)  # gives way to the engine's thread, which needs the interpreter to begin
             case Rest():
                 self._actor.spawn(self._engine.rest())
             case PublishTokens(frontend, tokens):
@@ -241,8 +247,8 @@ class WorkerService:
     async def _ask(self, question: Question) -> None:
         await self._actor.put(await self._peers.ask(question))
 
-    async def _run_step(self, command: RunStep) -> None:
-        await self._actor.put(await self._engine.step(command.rows))
+    async def _tell_outcome(self, outcome: Awaitable[StepFinished | EngineFailed]) -> None:
+        await self._actor.put(await outcome)
 
     async def _publish(self, subject: str, message: Message) -> None:
         try:

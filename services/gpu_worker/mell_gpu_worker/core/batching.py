@@ -204,10 +204,10 @@ class Batcher:
         return rows + prefills
 
     def _decode_rows(self) -> Iterator[StepRow]:
-        size = self.pool.block_tokens
+        size, running = self.pool.block_tokens, Phase.RUNNING
         for sequence in tuple(self.running):
             tokens = len(sequence.token_ids)
-            if sequence.computed != tokens - 1 or not sequence.started or sequence.phase is not Phase.RUNNING:
+            if sequence.computed != tokens - 1 or not sequence.started or sequence.phase is not running:
                 continue
             if sequence.halted:
                 continue
@@ -272,39 +272,33 @@ class Batcher:
     def _row(self, sequence: Sequence, count: int) -> StepRow:
         sequence.in_step = sequence.started = True
         self._step.append((sequence, count))
-        last = sequence.computed + count == len(sequence.token_ids)
-        return StepRow(
-            sequence=sequence.sequence,
-            token_ids=sequence.token_ids,
-            prompt_tokens=sequence.prompt_tokens,
-            start=sequence.computed,
-            count=count,
-            block_table=sequence.blocks,
-            sampling=sequence.sampling if last else None,
-        )
+        token_ids, start = sequence.token_ids, sequence.computed
+        sampling = sequence.sampling if start + count == len(token_ids) else None
+        # By position, in the order of the fields: this is made for every token.
+        return StepRow(sequence.sequence, token_ids, sequence.prompt_tokens, start, count, sequence.blocks, sampling)
 
     def commit(self, result: StepResult) -> list[Progress]:
         """Take in the planned step's outcome; sequences that end with it hold nothing afterwards."""
         step, self._step = self._step, []
-        assert len(step) == len(result.sampled), "the engine answered for other rows than it got"
+        sampled, failed, pending, ended = result.sampled, result.failed, result.pending, result.ended
+        assert len(step) == len(sampled), "the engine answered for other rows than it got"
         for sequence, _ in step:
             sequence.in_step = False
         for table in self._ended_in_step:
             self.pool.release(table)
         self._ended_in_step.clear()
         return [
-            self._advance(
-                sequence, count, result.sampled[row], "error" if row in result.failed else result.ended.get(row)
-            )
+            self._advance(sequence, count, sampled[row], "error" if row in failed else ended.get(row))
             for row, (sequence, count) in enumerate(step)
-            if sequence.phase is not Phase.ENDED and row not in result.pending
+            if sequence.phase is not Phase.ENDED and row not in pending
         ]
 
     def _advance(
         self, sequence: Sequence, count: int, sampled: SampledToken | None, verdict: FinishReason | None
     ) -> Progress:
         """Take in a row's outcome; `verdict` is why the engine ends its sequence, if it does."""
-        if sequence.computed % self.pool.block_tokens + count >= self.pool.block_tokens:
+        size = self.pool.block_tokens
+        if sequence.computed % size + count >= size:
             self._seal(sequence, count)
         sequence.computed += count
         end = verdict

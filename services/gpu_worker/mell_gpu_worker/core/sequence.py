@@ -101,7 +101,7 @@ class Sequence:
     def end_reason(self) -> FinishReason | None:
         """Return why nothing may follow the last token, or None."""
         outputs = len(self.token_ids) - self.prompt_tokens
-        if outputs > self.sampling.min_tokens and self.token_ids[-1] in self.stop_ids:
+        if self.token_ids[-1] in self.stop_ids and outputs > self.sampling.min_tokens:
             return "stop"
         return "length" if outputs >= self.max_outputs else None
 

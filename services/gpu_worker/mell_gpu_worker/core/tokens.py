@@ -33,7 +33,11 @@ class TokensTable:
         self._first.append(first_index)
         self._counts.append(end_index - first_index)
         start = sequence.prompt_tokens
-        self._ids += sequence.token_ids[start + first_index : start + end_index]
+        token_ids = sequence.token_ids
+        if end_index - first_index == 1:
+            self._ids.append(token_ids[start + first_index])  # the one token of a step; no list for it
+        else:
+            self._ids += token_ids[start + first_index : start + end_index]
         if sequence.logprobs:
             offset = sequence.submitted_outputs
             self._logprobs[row] = tuple(sequence.logprobs[first_index - offset : end_index - offset])

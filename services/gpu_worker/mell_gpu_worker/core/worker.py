@@ -265,7 +265,7 @@ class WorkerCore:
             table = tables.get(sequence.frontend)
             if table is None:
                 table = tables[sequence.frontend] = TokensTable()
-            outputs = sequence.outputs
+            outputs = len(sequence.token_ids) - sequence.prompt_tokens
             table.add(sequence, outputs - sampled, outputs)
         worker = self.config.spec.worker
         return said + [PublishTokens(frontend, table.message(worker)) for frontend, table in tables.items()]
