@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 _ITEMS_A_TURN = 32
 """After so many items other tasks get the event loop, also if no handler ever waits."""
-_STOOD_STILL_S = 1.0
+STOOD_STILL_S = 1.0
 """A tick so late says that the process, or its whole machine, stood still: what others said meanwhile is unread."""
 
 
@@ -115,7 +115,7 @@ class Actor(Generic[Item]):
         loop = asyncio.get_running_loop()
         next_s = loop.time()
         while True:
-            if after_standstill is not None and loop.time() - next_s > _STOOD_STILL_S:
+            if after_standstill is not None and loop.time() - next_s > STOOD_STILL_S:
                 self.post(after_standstill())
             self.post(make())
             # After a stall the missed ticks are left out: they would all say the same.

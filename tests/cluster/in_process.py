@@ -45,6 +45,7 @@ class TimedRunner(EngineRunner):
 
     def __init__(self, engine: FakeEngine, step_s: float) -> None:
         self._engine = self._fake = engine
+        self._paced = None
         self._step_s = step_s
 
     async def step(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:

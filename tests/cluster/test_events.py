@@ -31,7 +31,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         for module, role in (("mell_frontend", "frontend"), ("mell_scheduler", "scheduler")):
             stack.log_in(module, f"{role}:{role}-pw")
         stack.log_in("mell_gpu_worker", "worker:worker-pw")
-        services = [stack.start_scheduler(), *(stack.start_worker(name, step_us=40_000) for name in ("one", "two"))]
+        # Without a lease: each time that a scheduler leads anew it is a new source.
+        scheduler = stack.start_scheduler("--lease", "off")
+        services = [scheduler, *(stack.start_worker(name, step_us=40_000) for name in ("one", "two"))]
         for service in services:
             service.ready()
         yield stack

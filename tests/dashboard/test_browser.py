@@ -311,10 +311,12 @@ def shown(context: BrowserContext, state: dict[str, Any]) -> Page:
 def live_state(client: httpx.Client) -> dict[str, Any]:
     """The first state of the feed."""
     with client.stream("GET", "/admin/live", headers={"authorization": f"Bearer {KEY}"}) as response:
+        named = ""
         for line in response.iter_lines():
-            if line.startswith("data: "):
+            if line.startswith("data: ") and named == "state":
                 state: dict[str, Any] = json.loads(line.removeprefix("data: "))
                 return state
+            named = line.removeprefix("event: ") if line.startswith("event: ") else named
     raise AssertionError("the feed ended without a state")
 
 

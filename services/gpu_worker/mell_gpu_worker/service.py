@@ -34,6 +34,7 @@ from mell_gpu_worker.core.events import (
     EngineFailed,
     Event,
     StepFinished,
+    StoodStill,
     StopRequested,
     TimePassed,
 )
@@ -45,7 +46,7 @@ from mell_gpu_worker.metrics import MoveMetrics, WorkerCollector, WorkerCounts
 from mell_gpu_worker.peers import Peers, Question
 from mell_gpu_worker.surroundings import Surroundings
 from mell_gpu_worker.tracing import WorkerTraces
-from mell_shared.actor import Actor
+from mell_shared.actor import STOOD_STILL_S, Actor
 from mell_shared.bus import BusError, Delivery, Subscription
 from mell_shared.codec import InvalidMessageError, decode, encode
 from mell_shared.messages.base import Message
@@ -132,14 +133,19 @@ class WorkerService:
     # --- what happens, to the core
 
     async def _tell_time(self) -> None:
+        due_us = self._clock.now_us()
         while True:
+            if self._clock.now_us() - due_us > STOOD_STILL_S * 1e6:
+                self._actor.post(StoodStill())
             if self._connected and not self._bus.connected:
                 self._connected = False
                 self._log.warning("connection_lost")
                 self._actor.post(ConnectionLost())
             self._actor.post(TimePassed())
-            sleep_s = (self.core.wake_us - self._clock.now_us()) / 1e6
-            await asyncio.sleep(min(max(sleep_s, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S))
+            now_us = self._clock.now_us()
+            sleep_s = min(max((self.core.wake_us - now_us) / 1e6, _SHORTEST_SLEEP_S), _LONGEST_SLEEP_S)
+            due_us = now_us + round(sleep_s * 1e6)
+            await asyncio.sleep(sleep_s)
 
     def _tell_reconnection(self) -> None:
         self._connected = True

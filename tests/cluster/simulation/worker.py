@@ -36,6 +36,7 @@ from mell_gpu_worker.core.events import (
     StatusAnswered,
     StatusUnanswered,
     StepFinished,
+    StoodStill,
     StopRequested,
     TimePassed,
 )
@@ -46,7 +47,7 @@ from mell_shared.messages.frontend import FRONTEND_REPLY, EvictionTaken, Refused
 from mell_shared.messages.worker import WORKER_COMMAND, WORKER_REPLY, WorkerCommand
 from mell_shared.subjects import Subjects
 from tests.cluster.simulation.clock import LocalClock
-from tests.cluster.simulation.process import Answered, Process
+from tests.cluster.simulation.process import STOOD_STILL_US, Answered, Process
 from tests.cluster.simulation.surroundings import Surroundings
 from tests.gpu_worker.core.worlds import fake_engine
 
@@ -80,7 +81,7 @@ class WorkerProcess(Process):
         self.network.connect(self)
         for subject in (self._subjects.worker_commands(self.name), self._subjects.all_workers):
             self.network.listen(self, subject, WORKER_COMMAND, self._commanded)
-        self._pass_time()
+        self._pass_time(self.clock.now_us())
 
     def ask_to_stop(self) -> None:
         """Hand over a SIGTERM."""
@@ -104,10 +105,13 @@ class WorkerProcess(Process):
         for command in commands:
             self._perform(command)
 
-    def _pass_time(self) -> None:
+    def _pass_time(self, due_us: int) -> None:
+        if self.clock.now_us() - due_us > STOOD_STILL_US:
+            self.handle(StoodStill())
         self.handle(TimePassed())
-        sleep_us = self.core.wake_us - self.clock.now_us()
-        self.after(min(max(sleep_us, SHORTEST_SLEEP_US), LONGEST_SLEEP_US), self._pass_time)
+        now_us = self.clock.now_us()
+        sleep_us = min(max(self.core.wake_us - now_us, SHORTEST_SLEEP_US), LONGEST_SLEEP_US)
+        self.after(sleep_us, lambda: self._pass_time(now_us + sleep_us))
 
     def _commanded(self, command: WorkerCommand, reply_to: str) -> None:
         self.handle(CommandReceived(command, reply_to))

@@ -19,6 +19,7 @@ from mell_gpu_worker.core.events import (
     StatusAnswered,
     StatusUnanswered,
     StepFinished,
+    StoodStill,
     StopRequested,
     TimePassed,
 )
@@ -485,6 +486,18 @@ def test_silence_does_not_count_while_our_own_connection_is_down() -> None:
     assert set(asked(commands)) == {"f1"}
     events = [command.message for command in only(PublishEvent, commands)]
     assert [type(event) for event in events] == [WorkerJoined, WorkerReport]
+    for _ in range(29):
+        world.tell(TimePassed(), StatusUnanswered("f1"), after_us=SECOND_US)
+    assert len(world.core.streams) == 1
+    world.tell(TimePassed(), after_us=SECOND_US)
+    assert len(world.core.streams) == 0
+
+
+def test_silence_does_not_count_while_we_stood_still_ourselves() -> None:
+    """After a pause of the machine a frontend has its full time again."""
+    world = CoreWorld()
+    world.ask(submit("a", max_tokens=40))
+    world.tell(StoodStill(), TimePassed(), after_us=60 * SECOND_US)
     for _ in range(29):
         world.tell(TimePassed(), StatusUnanswered("f1"), after_us=SECOND_US)
     assert len(world.core.streams) == 1

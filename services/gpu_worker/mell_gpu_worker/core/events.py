@@ -186,6 +186,11 @@ class ConnectionRestored:
 
 
 @dataclass(frozen=True, slots=True)
+class StoodStill:
+    """This process did nothing for a while, as when its machine is paused: what others said may be unread."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Finish what runs, take nothing new; a repeat changes nothing."""
 
@@ -215,6 +220,7 @@ Event = (
     | LinkEvent
     | ConnectionLost
     | ConnectionRestored
+    | StoodStill
     | StopRequested
     | TimePassed
 )

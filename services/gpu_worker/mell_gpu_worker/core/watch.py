@@ -60,5 +60,9 @@ class FrontendWatch:
     def reconnect(self, now_us: int) -> list[Command]:
         """Our connection is up again: silence starts anew, and everybody is asked at once."""
         self._connected = True
-        self._streams.hear_all(now_us)
+        self.stood_still(now_us)
         return self.ask()
+
+    def stood_still(self, now_us: int) -> None:
+        """Nobody could be heard: silence starts anew."""
+        self._streams.hear_all(now_us)

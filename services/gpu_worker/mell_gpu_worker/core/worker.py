@@ -35,6 +35,7 @@ from mell_gpu_worker.core.events import (
     StatusAnswered,
     StatusUnanswered,
     StepFinished,
+    StoodStill,
     StopRequested,
     TimePassed,
 )
@@ -138,7 +139,9 @@ class WorkerCore:
                 said = self.moves.take(event, self._now_us)
             case KvOffered() | RoundArrived() | LinkOpened() | BlocksSent() | LinkFailed() | LinkClosed():
                 said = self.moves.take_link(event, self._now_us)
-            case ConnectionLost() | ConnectionRestored() | StopRequested() | EngineFailed() | EngineAway():
+            case (
+                ConnectionLost() | ConnectionRestored() | StoodStill() | StopRequested() | EngineFailed() | EngineAway()
+            ):
                 said = self._surroundings(event)
             case StepFinished(result):
                 said = self._take_step(result)
@@ -160,7 +163,7 @@ class WorkerCore:
         return said
 
     def _surroundings(
-        self, event: ConnectionLost | ConnectionRestored | StopRequested | EngineFailed | EngineAway
+        self, event: ConnectionLost | ConnectionRestored | StoodStill | StopRequested | EngineFailed | EngineAway
     ) -> list[Command]:
         said: list[Command] = []
         match event:
@@ -168,6 +171,8 @@ class WorkerCore:
                 self._watch.disconnect()
             case ConnectionRestored():
                 said = self._announce() + self._watch.reconnect(self._now_us)
+            case StoodStill():
+                self._watch.stood_still(self._now_us)
             case StopRequested():
                 said = self._stop()
             case EngineFailed(message):
