@@ -257,7 +257,7 @@ def test_debug_logs_say_what_led_to_what_and_hold_no_text() -> None:
     finally:
         structlog.reset_defaults()
     handled = [(entry["cause"], entry["commands"]) for entry in logged if entry["event"] == "handled"]
-    assert ("CommandReceived(Submit)", ["Reply(SubmitAccepted)", "RunStep"]) in handled
+    assert ("CommandReceived(Submit)", ["RunStep", "Reply(SubmitAccepted)"]) in handled
     assert "secret" not in str(logged)
 
 

@@ -360,14 +360,21 @@ def test_auto_does_as_the_scheduler_would() -> None:
 
 
 def test_a_new_leader_moves_nothing_yet() -> None:
-    """It may not have heard everybody; the operator asks again."""
+    """It may not have heard everybody; the operator asks again. Whom it knows it drains at once."""
     scene = Packed()
     scene.second()
-    request = MigrateRequest(ask="x", request="small", target="a")
-    (answer,) = scene.send(OperatorAsked("op", request))
-    assert isinstance(answer, Answer)
-    assert isinstance(answer.reply, AdminRefused)
-    assert answer.reply.reason == "not_ready"
+    requests = (
+        MigrateRequest(ask="x", request="small", target="a"),
+        DrainRequest(worker="unheard", deadline_s=None, dry_run=False),
+        UndrainRequest(worker="unheard"),
+    )
+    for request in requests:
+        (answer,) = scene.send(OperatorAsked("op", request))
+        assert isinstance(answer, Answer)
+        assert isinstance(answer.reply, AdminRefused)
+        assert answer.reply.reason == "not_ready"
+    (order,) = scene.send(OperatorAsked("op", DrainRequest(worker="a", deadline_s=None, dry_run=False)))
+    assert not isinstance(order, Answer)
 
 
 def test_the_next_leader_orders_the_very_same_move_for_the_same_ask() -> None:

@@ -233,8 +233,9 @@ class Election:
         for number, lease in enumerate(self.leases):
             lease.lapse(now_us)
             term = lease.held.value.term if lease.held else None
-            if term != self.led[number] and self.led[number] is not None:
-                self.ended.add(self.led[number] or 0)
+            led = self.led[number]
+            if led is not None and led != term:
+                self.ended.add(led)
             assert term not in self.ended, "a term begins anew"
             self.led[number] = term
         leaders = [number for number, lease in enumerate(self.leases) if lease.leads(now_us)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -129,10 +129,10 @@ class EngineRunner:
         if self._paced is not None:
             self._paced.wake()
 
-    async def rest(self) -> None:
-        """Let an engine with a pace of its own drop what goes on, after the step under way."""
+    def rest(self) -> Awaitable[None]:
+        """Let an engine with a pace of its own drop what goes on, after the steps begun so far and before the next."""
         assert self._paced is not None
-        await self._thread.run(self._paced.rest)
+        return self._thread.begin(self._paced.rest)
 
     def kv_block(self, index: int) -> Any:
         """Return the memory of a pool block, as the engine port says."""

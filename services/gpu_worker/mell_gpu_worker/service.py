@@ -196,7 +196,7 @@ class WorkerService:
     async def _handle(self, event: Event) -> None:
         if isinstance(event, StepFinished):
             self.counts.took_step(event.result)
-        else:
+        elif self.core.batcher.computing:
             self._engine.wake()
         now_us = self._clock.now_us()
         commands = self.core.handle(event, now_us)
@@ -204,8 +204,7 @@ class WorkerService:
         if commands and self._log.is_enabled_for(logging.DEBUG):
             # Kinds only: what they hold are people's texts.
             self._log.debug("handled", cause=_kind(event), commands=[_kind(command) for command in commands])
-        # The step first: the device works while the rest is told.
-        for command in sorted(commands, key=lambda command: not isinstance(command, RunStep)):
+        for command in commands:
             await self._perform(command)
 
     async def _perform(self, command: Command) -> None:
@@ -214,7 +213,7 @@ class WorkerService:
                 self._actor.spawn(self._tell_outcome(self._engine.step(rows)))
                 await asyncio.sleep(0)  # gives way to the engine's thread, which needs the interpreter to begin
             case Rest():
-                self._actor.spawn(self._engine.rest())
+                self._actor.spawn(_until(self._engine.rest()))
             case PublishTokens(frontend, tokens):
                 await self._publish(self._subjects.frontend_tokens(frontend), tokens)
             case PublishEvent(event):
@@ -263,6 +262,10 @@ class WorkerService:
             # The status sent after the reconnection repairs what this loses.
             self.counts.unsent_messages += 1
             self._log.debug("unsent", subject=subject, why=str(error))
+
+
+async def _until(done: Awaitable[None]) -> None:
+    await done
 
 
 def _kind(value: Event | Command) -> str:

@@ -126,7 +126,7 @@ class Lease:
         self._settings = settings
         self._highest_term = 0
         self._led_term = 0
-        """The last in which leading began."""
+        """The last in which leading began, or was over before it was known."""
         self._held: Held | None = None
         """What is led by, as last known."""
         self._valid_until_us = 0

@@ -15,7 +15,7 @@ ASLEEP_S = 7.0
 
 
 def test_a_machine_falls_asleep_and_wakes_up(scene: Scene) -> None:
-    """All stand still, the broker too; then everybody takes everybody else for lost, which costs work, not text."""
+    """All stand still, the broker too; nobody takes anybody for lost because of that, and no text is lost."""
     with scene.crowd() as crowd:
         crowd.amid_answers()
         assert scene.frontend is not None

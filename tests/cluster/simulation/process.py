@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from mell_shared.actor import STOOD_STILL_S
 from tests.cluster.simulation.clock import Action, EventQueue, LocalClock
 
-STOOD_STILL_US = 1_000_000
+STOOD_STILL_US = round(STOOD_STILL_S * 1e6)
 
 
 class Process:

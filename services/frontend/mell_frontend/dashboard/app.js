@@ -24,14 +24,16 @@ const panel = new Panel((worker) => {
 }, askForKey);
 const moveRows = new Map();
 let heard_ms = 0;
+let settled = false; // whether what is shown is of a scheduler that knew everybody
 
 const feed = new api.Feed({
   state(state) {
     // A scheduler that leads only now does not know everybody yet: the last state is nearer to the truth.
-    if (!state.status.settled && heard_ms) {
+    if (!state.status.settled && settled) {
       link("trouble", "new scheduler", "A scheduler has just begun to lead and hears from the workers.", "");
       return;
     }
+    settled = state.status.settled;
     heard_ms = Date.now();
     const fresh = cluster.take(state);
     link("live", "live");

@@ -119,7 +119,10 @@ class WorkerCore:
         return min(time_us for time_us in times if time_us is not None)
 
     def handle(self, event: Event, now_us: int) -> list[Command]:
-        """Take in what happened at `now_us` (never before the last event); return what is to be done, in order."""
+        """Take in what happened at `now_us` (never before the last event); return what is to be done, in order.
+
+        A step comes first: the device works while the rest is told.
+        """
         assert now_us >= self._now_us, "time runs backwards"
         self._now_us = now_us
         if self.stage is Stage.GONE:
@@ -130,7 +133,8 @@ class WorkerCore:
         if self.stage is not Stage.SERVING:
             commands += self._farewell.proceed(now_us)
             commands += self.moves.proceed(now_us)
-        return commands + self._next_step()
+        steps, said = self._next_step()
+        return [*steps, *commands, *said]
 
     def _take(self, event: Event) -> list[Command]:
         said: list[Command] = []
@@ -238,19 +242,20 @@ class WorkerCore:
         """Take nothing new, or again."""
         self._desk.closed = self.moves.target.closed = closed
 
-    def _next_step(self) -> list[Command]:
+    def _next_step(self) -> tuple[list[Command], list[Command]]:
+        """Return the next step, or that there is none for now, and what the planning of it has brought up."""
         if self.stage not in (Stage.SERVING, Stage.STOPPING) or self.batcher.computing:
-            return []
+            return [], []
         rows = self.batcher.plan()
         # Who had to give way for it is noticed at once, so that blocks still lent come free.
         said = self.moves.proceed(self._now_us)
         if rows:
             self._resting = False
-            said.append(RunStep(tuple(rows)))
-        elif self.config.can.own_pace and not self._resting:
+            return [RunStep(tuple(rows))], said
+        if self.config.can.own_pace and not self._resting:
             self._resting = True
-            said.append(Rest())
-        return said
+            return [Rest()], said
+        return [], said
 
     def _take_step(self, result: StepResult) -> list[Command]:
         progress = self.batcher.commit(result)

@@ -24,8 +24,8 @@ class DecodeInputs:
         self._held: list[list[int]] = [[] for _ in range(rows)]
         """The blocks that each row of the table holds."""
         self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        self._written = self._tokens.numpy(), self._table.numpy()
-        """The same memory, which Python writes to faster."""
+        # The same memory, which Python writes to faster.
+        self._token_values, self._table_values = self._tokens.numpy(), self._table.numpy()
         tokens = torch.zeros_like(self._tokens, device=pool.data.device)
         self.ids, self.positions = tokens
         self.table = torch.zeros_like(self._table, device=pool.data.device)
@@ -47,7 +47,7 @@ class DecodeInputs:
         if self._sent is not None:
             # Of the fill before, so that what it still reads from here is not overwritten.
             self._sent.synchronize()
-        tokens, _ = self._written
+        tokens = self._token_values
         tokens[0, : len(rows)] = [row.token_ids[row.start] for row in rows]
         tokens[1, : len(rows)] = [row.start for row in rows]
         tokens[:, len(rows) :] = 0
@@ -73,7 +73,7 @@ class DecodeInputs:
         return changed
 
     def _hold(self, place: int, blocks: list[int]) -> None:
-        _, table = self._written
+        table = self._table_values
         held = self._held[place]
         kept = len(held) if blocks[: len(held)] == held else 0
         table[place, kept : len(blocks)] = blocks[kept:]

@@ -85,12 +85,12 @@ class Operator:
         self._asks: dict[str, Ask] = {}
 
     def ask(self, handle: Handle, request: OperatorRequest, now_us: int, *, heard_all: bool) -> list[Command]:
-        """Do what is asked, or say why not. Not `heard_all`: too early for a new leader to move anything."""
+        """Do what is asked, or say why not. Not `heard_all`: too early to move anything, or to know every worker."""
         match request:
             case DrainRequest() | UndrainRequest():
                 worker = find_worker(self._ledger, request.worker)
                 if not isinstance(worker, WorkerRecord):
-                    return [Answer(handle, worker)]
+                    return [Answer(handle, worker if heard_all else _TOO_EARLY)]
                 return [self._drains.order(handle, request, worker)]
             case MovingRequest(paused=paused):
                 self._migrations.paused = paused
