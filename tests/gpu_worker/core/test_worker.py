@@ -70,12 +70,12 @@ def status(world: CoreWorld, reply: StreamStatusReply, frontend: str = "f1") -> 
 
 
 def test_a_submission_is_answered_before_its_tokens_and_runs_to_its_end() -> None:
-    """Accepted, generated in order, ended with its reason, told to the schedulers."""
+    """Accepted, generated in order, ended with its reason, told to the schedulers; its step begins before all else."""
     world = CoreWorld()
     commands = world.tell(CommandReceived(submit("a", max_tokens=3), "inbox"))
-    assert isinstance(commands[0], Reply)
-    assert commands[0].message == SubmitAccepted(cached_tokens=0)
-    assert isinstance(commands[-1], RunStep)
+    step, reply, *_ = commands
+    assert isinstance(step, RunStep)
+    assert reply == Reply("inbox", SubmitAccepted(cached_tokens=0))
     world.run()
     assert world.output() == expected_output(b"hello", submit().sampling, 3)
     last = only(PublishTokens, world.commands)[-1].message
