@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
+from mell_gpu_worker.core.capabilities import Capabilities
 from mell_gpu_worker.data_port import open_data_port, try_data_port
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.metrics import DataCounts
 from mell_gpu_worker.settings import WorkerSettings
 from mell_gpu_worker.transport import factory
-from mell_gpu_worker.worker_config import modes_of
+from mell_gpu_worker.worker_config import modes_of, needs_data_port
 from mell_shared.process import StartError
 from tests.ports import free_port
 
@@ -89,6 +90,14 @@ def test_kv_of_a_gpu_moves_over_ucx_only(kind: str, modes: tuple[str, ...]) -> N
     """Over TCP, which takes host memory, its sequences move by their tokens."""
     settings = worker_settings(transport=kind)
     assert modes_of(settings, engine(settings, device="cuda:0").spec) == modes
+
+
+def test_engines_that_fetch_kv_need_no_port() -> None:
+    """Whatever their servers' machines are called, and whatever carries the blocks of others."""
+    settings = worker_settings(transport="tcp")
+    spec = engine(settings, device="cuda-1:8000", migration_modes=("kv", "tokens"), can=Capabilities(kv="fetched")).spec
+    assert modes_of(settings, spec) == ("kv", "tokens")
+    assert not needs_data_port(spec, ("kv", "tokens"))
 
 
 def test_an_unknown_mode_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from mell_gpu_worker.service import WorkerService
 from mell_gpu_worker.settings import WorkerSettings
 from mell_gpu_worker.surroundings import LaneOptions, Surroundings
 from mell_gpu_worker.transport.base import Transport
-from mell_gpu_worker.worker_config import KV_MODES, Measured, core_config, modes_of
+from mell_gpu_worker.worker_config import Measured, core_config, modes_of, needs_data_port
 from mell_shared.bus import Bus
 from mell_shared.clock import SystemClock
 from mell_shared.ids import process_id
@@ -108,7 +108,7 @@ async def _serve_engine(settings: WorkerSettings, worker: str, parts: _Parts, st
     asked = settings.migration_modes if "migration_modes" in settings.model_fields_set else engine.spec.migration_modes
     if left_out := sorted((set(asked) & set(settings.migration_modes)) - set(modes)):
         structlog.get_logger().warning("migration_modes_left_out", modes=left_out, transport=settings.transport)
-    transport = await open_data_port(settings, engine, counts) if set(KV_MODES) & set(modes) else None
+    transport = await open_data_port(settings, engine, counts) if needs_data_port(engine.spec, modes) else None
     try:
         measured = await _measure(settings, parts, transport)
         config = core_config(settings, worker, engine.spec, measured)

@@ -11,8 +11,7 @@ from mell_gpu_worker.transport.factory import transport_kind
 from mell_shared.messages.base import MigrationMode
 from mell_shared.messages.scheduler import WorkerSpec
 
-KV_MODES: tuple[MigrationMode, ...] = ("kv", "hybrid")
-"""Those that need a data port."""
+_KV_MODES: tuple[MigrationMode, ...] = ("kv", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +25,18 @@ class Measured:
 def modes_of(settings: WorkerSettings, engine: EngineSpec) -> tuple[MigrationMode, ...]:
     """Return the ways in which sequences may be moved in and out: those asked for that engine and transport have."""
     modes = tuple(mode for mode in engine.migration_modes if mode in settings.migration_modes)
-    if engine.device.startswith("cuda") and transport_kind(settings.transport) == "tcp":
-        return tuple(mode for mode in modes if mode not in KV_MODES)
+    if (
+        needs_data_port(engine, modes)
+        and engine.device.startswith("cuda")
+        and transport_kind(settings.transport) == "tcp"
+    ):
+        return tuple(mode for mode in modes if mode not in _KV_MODES)
     return modes
+
+
+def needs_data_port(engine: EngineSpec, modes: tuple[MigrationMode, ...]) -> bool:
+    """Whether moves by these modes send blocks from worker to worker."""
+    return engine.can.kv == "sent" and bool(set(_KV_MODES) & set(modes))
 
 
 def core_config(
@@ -46,6 +54,7 @@ def core_config(
         frontend_silence_us=round(settings.frontend_silence_s * 1e6),
         stop_deadline_us=round(settings.stop_deadline_s * 1e6),
         can=engine.can,
+        kv_source=engine.kv_source,
         moves=MoveLimits(
             max_outgoing=settings.max_outgoing_moves,
             max_incoming=settings.max_incoming_moves,

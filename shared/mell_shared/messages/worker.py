@@ -131,6 +131,8 @@ class ReserveKv(Message):
     mode: MigrationMode
     split_tokens: int = Field(default=0, ge=0)
     growth_tokens: int = Field(default=0, ge=0)
+    kv_source: Label = ""
+    """With `kv`: where the target's engine can fetch KV itself, if these engines do; no block is sent then."""
     protocol: int = PROTOCOL_VERSION
     traceparent: Label = ""
     """The trace that it belongs to (W3C), if it is traced."""

@@ -275,7 +275,16 @@ class Batcher:
         token_ids, start = sequence.token_ids, sequence.computed
         sampling = sequence.sampling if start + count == len(token_ids) else None
         # By position, in the order of the fields: this is made for every token.
-        return StepRow(sequence.sequence, token_ids, sequence.prompt_tokens, start, count, sequence.blocks, sampling)
+        return StepRow(
+            sequence.sequence,
+            token_ids,
+            sequence.prompt_tokens,
+            start,
+            count,
+            sequence.blocks,
+            sampling,
+            sequence.kv_source,
+        )
 
     def commit(self, result: StepResult) -> list[Progress]:
         """Take in the planned step's outcome; sequences that end with it hold nothing afterwards."""
@@ -287,6 +296,9 @@ class Batcher:
         for table in self._ended_in_step:
             self.pool.release(table)
         self._ended_in_step.clear()
+        for row, fetched in result.fetched.items():
+            sequence = step[row][0]
+            sequence.fetched = sequence.fetched.plus(fetched)
         return [
             self._advance(sequence, count, sampled[row], "error" if row in failed else ended.get(row))
             for row, (sequence, count) in enumerate(step)

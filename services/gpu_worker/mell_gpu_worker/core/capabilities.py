@@ -14,8 +14,9 @@ class Capabilities:
     manages; then the engine's `measure` corrects it. `chunked_prefill`: prompts come in chunks of the token budget;
     else a whole prompt is one row. `prefix_cache`: equal beginnings are computed once. `grammars`: followed after any
     output, or only from an output's first token on. `seeded_sameness`: equal ids and parameters give equal tokens,
-    wherever they run. `own_pace`: sequences go on between steps; rows may be left pending, and the engine is told
-    to rest when nobody runs any more.
+    wherever they run. `kv`: in moves by `kv` the source's worker sends blocks, or only ids go, and the target's engine
+    fetches from the source's what it finds there. `own_pace`: sequences go on between steps; rows may be left pending,
+    and the engine is told to rest when nobody runs any more.
     """
 
     blocks: Literal["known", "estimated"] = "known"
@@ -24,6 +25,7 @@ class Capabilities:
     logprobs: bool = True
     grammars: Literal["anywhere", "from_the_start", "none"] = "anywhere"
     seeded_sameness: bool = True
+    kv: Literal["sent", "fetched"] = "sent"
     own_pace: bool = False
 
     def fault(self, sampling: SamplingParams, outputs: int) -> str | None:

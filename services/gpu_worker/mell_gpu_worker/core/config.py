@@ -22,3 +22,5 @@ class WorkerConfig:
     stop_deadline_us: int
     moves: MoveLimits = field(default_factory=MoveLimits)
     can: Capabilities = field(default_factory=Capabilities)
+    kv_source: str = ""
+    """Where other workers' engines can fetch KV from this one's, if these engines do."""

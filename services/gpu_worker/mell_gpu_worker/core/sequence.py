@@ -6,7 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from mell_gpu_worker.core.blocks import chain_digest
-from mell_gpu_worker.core.step import SampledToken
+from mell_gpu_worker.core.step import Fetched, SampledToken
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason, SamplingParams
 from mell_shared.messages.worker import ReserveKv, Submit
@@ -72,6 +72,10 @@ class Sequence:
     """Came from elsewhere, perhaps is computed already, but its frontend has not granted it to this worker yet."""
     prefill_limit: int = 0
     """While it is arriving: how many tokens' KV is to be computed here."""
+    kv_source: str = ""
+    """Where the engine may fetch KV that it would have to compute."""
+    fetched: Fetched = field(default_factory=Fetched)
+    """What it has fetched."""
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the outputs from `submitted_outputs` on, if asked for."""
@@ -147,6 +151,7 @@ def arriving(asked: ReserveKv, order: Order, limits: Limits) -> Sequence:
         max_outputs=asked.max_outputs,
         stop_ids=_stop_ids(asked.sampling, limits),
         unclaimed=True,
+        kv_source=asked.kv_source,
     )
 
 

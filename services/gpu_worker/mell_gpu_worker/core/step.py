@@ -29,6 +29,20 @@ class StepRow:
     count: int
     block_table: Sequence[int]
     sampling: SamplingParams | None
+    kv_source: str = ""
+    """Where KV of these tokens may be fetched, as an engine tells of itself (`EngineSpec.kv_source`)."""
+
+
+class Fetched(NamedTuple):
+    """KV that an engine fetched from another."""
+
+    tokens: int = 0
+    size_bytes: int = 0
+    took_us: int = 0
+
+    def plus(self, more: "Fetched") -> "Fetched":
+        """Return both together."""
+        return Fetched(self.tokens + more.tokens, self.size_bytes + more.size_bytes, self.took_us + more.took_us)
 
 
 class SampledToken(NamedTuple):
@@ -44,8 +58,8 @@ class StepResult:
 
     `failed` maps a row to the reason why it cannot go on (a grammar without a way on, logits not finite);
     the other rows are good. `step_us` is the time the step took inside the engine. Only engines with a pace of
-    their own have the other two: `pending` rows are not done, and will be asked for again; `ended` maps a row to why
-    its sequence ends with this step, whether or not a token was sampled.
+    their own have the others: `pending` rows are not done, and will be asked for again; `ended` maps a row to why
+    its sequence ends with this step, whether or not a token was sampled; `fetched` says of a row what was not computed.
     """
 
     sampled: tuple[SampledToken | None, ...]
@@ -53,3 +67,4 @@ class StepResult:
     failed: dict[int, str] = field(default_factory=dict)
     pending: frozenset[int] = frozenset()
     ended: dict[int, FinishReason] = field(default_factory=dict)
+    fetched: dict[int, Fetched] = field(default_factory=dict)

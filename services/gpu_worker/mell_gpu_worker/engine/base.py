@@ -25,7 +25,8 @@ class EngineSpec:
     `kv_layout` is a digest of all that makes two KV pools interchangeable: model, revision, dtype, block size,
     layers, heads. `eos_token_ids` end a sequence unless its parameters say otherwise. A step of an `instant`
     engine takes less time than handing it to another thread would. `migration_modes` are the ways in which its
-    sequences can be moved: `kv` and `hybrid` only if `kv_block` shows its memory.
+    sequences can be moved: `kv` and `hybrid` only if `kv_block` shows its memory, `kv` also if engines fetch KV from
+    one another (`can.kv`): `kv_source` is then where others find that of this one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EngineSpec:
     block_bytes: int
     instant: bool = False
     migration_modes: tuple[MigrationMode, ...] = ("tokens",)
+    kv_source: str = ""
     can: Capabilities = field(default_factory=Capabilities)
 
     @property

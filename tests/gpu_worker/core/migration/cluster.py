@@ -1,12 +1,14 @@
 """Real worker cores over real fake pools, the real arbiter, and a network between them that a test controls."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from mell_frontend.generation import SequenceRequest
 from mell_frontend.stream import commands as said
 from mell_frontend.stream import events as heard
 from mell_frontend.stream.core import FrontendCore
+from mell_gpu_worker.core.capabilities import Capabilities
 from mell_gpu_worker.core.commands import (
     AskFrontend,
     AskPeer,
@@ -38,6 +40,7 @@ from mell_gpu_worker.core.events import (
     StepFinished,
     TimePassed,
 )
+from mell_gpu_worker.core.step import Fetched, StepRow
 from mell_gpu_worker.core.worker import WorkerCore
 from mell_gpu_worker.engine.fake import expected_output
 from mell_shared.codec import decode, encode
@@ -53,7 +56,7 @@ from mell_shared.messages.sampling import SamplingParams
 from mell_shared.messages.scheduler import SCHEDULER_EVENT, MigrationCommitted, MigrationFailed, Placed, Rejected
 from mell_shared.messages.worker import WORKER_COMMAND, WORKER_REPLY, Migrate, MigrateRefused, WorkerReply
 from mell_shared.models import FAKE_MODEL
-from tests.gpu_worker.core.worlds import fake_engine, worker_config
+from tests.gpu_worker.core.worlds import BLOCK_TOKENS, fake_engine, worker_config
 
 from .links import End, Links
 from .network import LATENCY_US, MS_US, SECOND_US, Asker, Network, Plan, undisturbed
@@ -62,6 +65,12 @@ STEP_US = 4 * MS_US
 PREFILL_TOKEN_US = 100
 FRONTEND = "f1"
 ALL_MODES = ("kv", "tokens", "hybrid")
+FETCHING = Capabilities(kv="fetched")
+"""Of engines that fetch KV from one another."""
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {mode: (mode, {}) for mode in ALL_MODES} | {
+    "kv, fetched": ("kv", {"can": FETCHING, "migration_modes": ("kv", "tokens")})
+}
+"""Mode and workers of every way to move."""
 
 
 class Node:
@@ -69,6 +78,8 @@ class Node:
 
     def __init__(self, name: str, cluster: "Cluster", **changes: Any) -> None:
         defaults = {"worker": name, "max_model_len": 400, "kv_blocks": 40, "migration_modes": ALL_MODES}
+        if changes.get("can") == FETCHING:
+            defaults["kv_source"] = f"kv of {name}"
         config = worker_config(**(defaults | changes))
         self.name = name
         self.core = WorkerCore(config, cluster.network.now_us)
@@ -138,7 +149,7 @@ class Node:
 
     def _finish_step(self, command: RunStep) -> None:
         if self.name not in self.cluster.network.dead:
-            self.tell(StepFinished(self.engine.execute(command.rows)))
+            self.tell(StepFinished(replace(self.engine.execute(command.rows), fetched=_fetched(command.rows))))
 
     def _ask_frontend(self, command: AskStatus | SendEvicted | AskFrontend) -> None:
         message = command.message
@@ -164,6 +175,12 @@ class Node:
 
         timeout_us = command.timeout_us if isinstance(command, AskFrontend) else SECOND_US
         self.cluster.ask_frontend(Asker(self.name, answered, unanswered), message, timeout_us)
+
+
+def _fetched(rows: Iterable[StepRow]) -> dict[int, Fetched]:
+    """Say that all full blocks that somebody else has had to be computed by nobody."""
+    tokens = {place: row.count // BLOCK_TOKENS * BLOCK_TOKENS for place, row in enumerate(rows) if row.kv_source}
+    return {place: Fetched(count, 10 * count, MS_US) for place, count in tokens.items()}
 
 
 class Reader:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cluster import ALL_MODES, Cluster
+from .cluster import WAYS, Cluster
 from .network import Verdict, disturb, undisturbed
 
 # A thousand runs of what other tests visit once: tracing them would only cost time.
@@ -19,13 +19,16 @@ DISTURBANCES: tuple[Verdict, ...] = (
     "kill receiver",
 )
 
+ONLY_IDS = {"tokens", "kv, fetched"}
+"""Ways without a transfer that could be cut."""
 LINK_FAULTS = {"cut", "corrupt"}
 """Of transfers: a message that is cut off or damaged is one that is lost."""
 
 
-def moved(mode: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
+def moved(way: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
     """Serve one client whose sequence is moved in the middle."""
-    cluster = Cluster(disturb(verdicts) if verdicts else undisturbed)
+    mode, workers = WAYS[way]
+    cluster = Cluster(disturb(verdicts) if verdicts else undisturbed, **workers)
     cluster.open(**sampling)
     cluster.tokens(5)
     cluster.migrate("a", "w2", mode)
@@ -33,9 +36,10 @@ def moved(mode: str, verdicts: dict[int, Verdict], **sampling: int) -> Cluster:
     return cluster
 
 
-def flights(mode: str, verdict: Verdict) -> list[int]:
+def flights(way: str, verdict: Verdict) -> list[int]:
     """The numbers of all flights from the order to move until the end that can be disturbed so."""
-    cluster = Cluster()
+    mode, workers = WAYS[way]
+    cluster = Cluster(**workers)
     cluster.open()
     cluster.tokens(5)
     first = len(cluster.network.flights)
@@ -48,29 +52,28 @@ def flights(mode: str, verdict: Verdict) -> list[int]:
     return hit
 
 
-@pytest.mark.parametrize("mode", ALL_MODES)
-def test_an_undisturbed_move_is_not_noticed(mode: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_undisturbed_move_is_not_noticed(way: str) -> None:
     """The text is the same, the sequence runs at its target, nothing stays behind, nothing was made twice."""
-    cluster = moved(mode, {})
+    cluster = moved(way, {})
     (committed,) = cluster.committed()
     assert (committed.worker, committed.source, committed.generation) == ("w2", "w1", 2)
     assert not cluster.failed()
     assert cluster.frontend.stats.resubmissions == 0
     assert cluster.frontend.stats.resends == 0
-    assert committed.mode == mode
-    assert (cluster.links.copied_blocks > 0) == (mode != "tokens")
+    assert committed.mode == WAYS[way][0]
+    assert (cluster.links.copied_blocks > 0) == (way not in ONLY_IDS)
 
 
 @pytest.mark.parametrize(
-    ("mode", "verdict"),
-    # By tokens alone there is no transfer that could be cut.
-    [(m, v) for m in ALL_MODES for v in DISTURBANCES if m != "tokens" or v not in LINK_FAULTS],
+    ("way", "verdict"),
+    [(w, v) for w in WAYS for v in DISTURBANCES if w not in ONLY_IDS or v not in LINK_FAULTS],
 )
-def test_whatever_happens_to_any_one_message_the_text_is_right(mode: str, verdict: Verdict) -> None:
+def test_whatever_happens_to_any_one_message_the_text_is_right(way: str, verdict: Verdict) -> None:
     """Lost, repeated, late, cut, damaged, or the end of either side: right text, once, and no block missing."""
-    for number in flights(mode, verdict):
+    for number in flights(way, verdict):
         try:
-            cluster = moved(mode, {number: verdict})
+            cluster = moved(way, {number: verdict})
         except AssertionError as error:
-            raise AssertionError(f"{verdict} at flight {number} of a move by {mode}") from error
+            raise AssertionError(f"{verdict} at flight {number} of a move by {way}") from error
         assert len(cluster.committed()) <= 1

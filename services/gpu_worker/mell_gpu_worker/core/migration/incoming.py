@@ -150,7 +150,7 @@ class Incoming:
         """Return the news that the sequence is here, and what that took."""
         assert self.commit is not None
         assert self.granted is not None
-        claim_us = self.granted_us - self.committed_us
+        claim_us, fetched = self.granted_us - self.committed_us, self.sequence.fetched
         first_step_us = max(0, self.first_token_us - self.granted_us)
         return MigrationCommitted(
             worker=worker,
@@ -158,10 +158,10 @@ class Incoming:
             migration=self.migration,
             sequence=self.asked.sequence,
             generation=self.granted.generation,
-            copied_bytes=self.commit.copied_bytes,
-            copy_us=self.commit.copy_us,
-            prefilled_tokens=self.computed - self.held_tokens,
-            prefill_us=max(0, self.prefilled_us - self.reserved_us),
+            copied_bytes=self.commit.copied_bytes + fetched.size_bytes,
+            copy_us=self.commit.copy_us + fetched.took_us,
+            prefilled_tokens=max(0, self.computed - self.held_tokens - fetched.tokens),
+            prefill_us=max(0, self.prefilled_us - self.reserved_us - fetched.took_us),
             stopped_us=self.commit.tail_us + claim_us + first_step_us,
             tail_us=self.commit.tail_us,
             claim_us=claim_us,

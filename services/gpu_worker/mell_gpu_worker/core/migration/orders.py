@@ -15,6 +15,7 @@ class Orders:
 
     def __init__(self, config: WorkerConfig, residents: Residents) -> None:
         self._spec = config.spec
+        self._fetches = config.can.kv == "fetched"
         self._limits = config.moves
         self._residents = residents
 
@@ -63,6 +64,7 @@ class Orders:
             size,
             begin(SOURCE_ROLE, now_us, self._limits),
             mode,
+            self._fetches,
             split_tokens=split if mode == "hybrid" else 0,
             known_outputs=sequence.outputs,
             outputs=sequence.outputs,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from mell_gpu_worker.core.config import WorkerConfig
 from mell_gpu_worker.core.migration.copying import CatchingUp, Copying
 from mell_gpu_worker.core.migration.tables import SourcePhase, Standing
 from mell_gpu_worker.core.sequence import Sequence
@@ -44,6 +45,8 @@ class Outgoing:
     block_tokens: int
     standing: Standing[SourcePhase]
     mode: MigrationMode
+    fetches: bool = False
+    """By `kv` the target's engine fetches."""
     split_tokens: int = 0
     held: KvReserved | None = None
     copying: Copying | None = None
@@ -65,9 +68,14 @@ class Outgoing:
     """Why it fails, if it does."""
 
     @property
+    def by_ids(self) -> bool:
+        """Whether only ids go to the target, which sees to the KV itself."""
+        return self.mode == "tokens" or (self.mode == "kv" and self.fetches)
+
+    @property
     def needs_blocks(self) -> bool:
-        """Whether what lies in its blocks here is still to be sent: by tokens it can go on without any."""
-        return self.mode != "tokens" or self.freezing
+        """Whether what lies in its blocks here is still to be sent: by ids it can go on without any."""
+        return not self.by_ids or self.freezing
 
     @property
     def migration(self) -> str:
@@ -104,12 +112,12 @@ class Outgoing:
 
     @property
     def fits(self) -> bool:
-        """Whether all blocks that are to be sent have a place at the target; by tokens none is."""
+        """Whether all blocks that are to be sent have a place at the target; by ids none is."""
         return not self.needs_blocks or self.room_tokens >= 0
 
-    def reserve(self, growth_tokens: int, model: str, kv_layout: str, now_us: int) -> ReserveKv:
-        """Return the question for room: what the plan counts on, if it says, with growth of at most `growth_tokens`."""
-        sequence = self.sequence
+    def reserve(self, config: WorkerConfig, now_us: int) -> ReserveKv:
+        """Return the question for room: what the plan counts on, if it says, with growth within the limits."""
+        sequence, growth_tokens = self.sequence, config.moves.growth_tokens
         if self.order.planned_tokens:
             planned = self.order.planned_tokens - len(sequence.token_ids)
             growth_tokens = max(_LEAST_GROWTH, min(planned, growth_tokens))
@@ -119,8 +127,8 @@ class Outgoing:
             generation=sequence.generation,
             source=self.source,
             frontend=sequence.frontend,
-            model=model,
-            kv_layout=kv_layout,
+            model=config.spec.model,
+            kv_layout=config.spec.kv_layout,
             block_tokens=self.block_tokens,
             prompt_ids=sequence.token_ids[: sequence.prompt_tokens],
             output_ids=sequence.output_ids(),
@@ -132,6 +140,7 @@ class Outgoing:
             mode=self.mode,
             split_tokens=self.split_tokens,
             growth_tokens=min(growth_tokens, sequence.max_outputs - sequence.outputs),
+            kv_source=config.kv_source if self.mode == "kv" else "",
         )
 
     def extend(self) -> ExtendKv:

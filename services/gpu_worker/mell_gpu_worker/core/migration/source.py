@@ -73,7 +73,7 @@ class Source:
 
     def __init__(self, config: WorkerConfig, residents: Residents) -> None:
         self.moving: dict[str, Outgoing] = {}
-        self._spec = config.spec
+        self._config = config
         self._limits = config.moves
         self._residents = residents
         self._batcher = residents.batcher
@@ -95,8 +95,7 @@ class Source:
             self._past.remember(migrate.migration, refused, now_us)
             return refused, []
         move = self.moving[migrate.migration] = self._orders.begin(migrate, now_us)
-        question = move.reserve(self._limits.growth_tokens, self._spec.model, self._spec.kv_layout, now_us)
-        return MigrateAccepted(), [self._ask(move, question, self._limits.peer_timeout_us)]
+        return MigrateAccepted(), [self._ask(move, move.reserve(self._config, now_us), self._limits.peer_timeout_us)]
 
     @staticmethod
     def _ask(move: Outgoing, question: ReserveKv | ExtendKv | CommitMigration, timeout_us: int) -> Command:
@@ -154,7 +153,7 @@ class Source:
 
     def _held(self, move: Outgoing, held: KvReserved) -> None:
         move.held = held
-        if move.mode == "tokens":
+        if move.by_ids:
             told = move.sequence.prompt_tokens + move.known_outputs
             move.catching = CatchingUp(told, told - 1, held.held_tokens)
             return
@@ -168,7 +167,7 @@ class Source:
         assert catching is not None
         catching.answered(computed)
         move.known_outputs = max(move.known_outputs, asked.first_index + len(asked.output_ids))
-        if move.mode != "tokens":
+        if not move.by_ids:
             return []
         if move.freezing:
             # What it has computed stays; its last block, if not full, is sent whole.
@@ -183,7 +182,7 @@ class Source:
 
     def _fall_back(self, move: Outgoing, now_us: int) -> list[Command]:
         """The target's prefill does not catch up with the sequence: send KV instead."""
-        if "kv" in self._spec.migration_modes:
+        if "kv" in self._config.spec.migration_modes and not move.fetches:
             move.freezing = True
             return []
         assert move.catching is not None

@@ -49,7 +49,8 @@ class Target:
         self._batcher = residents.batcher
         self._reservations = Past()
         self._commits = Past()
-        self._by_blocks = bool({"kv", "hybrid"} & set(config.spec.migration_modes))
+        self._fetches = config.can.kv == "fetched"
+        self._by_blocks = not self._fetches and bool({"kv", "hybrid"} & set(config.spec.migration_modes))
 
     # --- what sources ask; None where the answer comes later
 
@@ -107,7 +108,8 @@ class Target:
         standing = begin(TARGET_ROLE, now_us, self._limits)
         move = Incoming(asked, sequence, size, sequence.computed, standing, reply_to, now_us)
         move.computed = sequence.computed
-        move.limit_prefill({"kv": 0, "hybrid": asked.split_tokens, "tokens": len(sequence.token_ids)}[asked.mode])
+        own = {"kv": len(sequence.token_ids) if self._fetches else 0, "hybrid": asked.split_tokens}
+        move.limit_prefill(own.get(asked.mode, len(sequence.token_ids)))
         self.coming[move.migration] = move
         if not self._by_blocks:
             return None, self._offered(move, None, now_us)
