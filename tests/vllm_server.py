@@ -68,6 +68,11 @@ class Knobs:
     """Say after so many tokens that the request was aborted; -1: never."""
     says: str = ""
     """Sent instead of a first chunk."""
+    kv_address: str = ""
+    """Where its connector gives KV; empty: it has none."""
+    kv_layout: str = "layout"
+    kv_refused: bool = False
+    """Nothing can be fetched."""
     mute: bool = False
     """Tokens are made by nobody."""
 
@@ -191,15 +196,12 @@ class FakeVllm:
             status, text = refusal or (knobs.status, "it is not well")
             return web.json_response({"error": {"message": text, "code": status}}, status=status)
         self.seen.bodies.append(body)
-        if not body.get("stream"):
-            choice, _ = self._choice(body, list(body["prompt"]), [], body.get("max_tokens", 16))
-            return web.json_response({"choices": [choice]})
         number = id(body)
         self._lengths[number] = len(body["prompt"])
         self.seen.running += 1
         self._tell()
         try:
-            return await self._stream(request, body, number)
+            return await self._answer(request, body, number)
         except (asyncio.CancelledError, ConnectionError):
             self.seen.left += 1
             raise
@@ -207,6 +209,26 @@ class FakeVllm:
             del self._lengths[number]
             self.seen.running -= 1
             self._tell()
+
+    async def _answer(self, request: web.Request, body: dict[str, Any], number: int) -> web.StreamResponse:
+        if body.get("stream"):
+            return await self._stream(request, body, number)
+        await asyncio.sleep(self.knobs.token_s)
+        choice, _ = self._choice(body, list(body["prompt"]), [], body["max_tokens"])
+        return web.json_response({"choices": [choice], "kv_transfer_params": self._connector(body)})
+
+    def _connector(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What its connector says of a request; it finds all full blocks wherever it is sent."""
+        knobs, asked = self.knobs, (body.get("kv_transfer_params") or {}).get("mell")
+        if asked is None or not knobs.kv_address:
+            return None
+        size, block_bytes = knobs.block_tokens, 64 * knobs.block_tokens
+        told: dict[str, Any] = {"address": knobs.kv_address, "layout": knobs.kv_layout}
+        told |= {"block_tokens": size, "block_bytes": block_bytes}
+        if asked.get("from"):
+            blocks = 0 if knobs.kv_refused else len(body["prompt"]) // size
+            told |= {"fetched_tokens": blocks * size, "fetched_bytes": blocks * block_bytes, "fetch_us": 1000}
+        return {"mell": told}
 
     def _tell(self) -> None:
         with self._news:

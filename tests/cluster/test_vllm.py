@@ -30,7 +30,7 @@ class Pair:
     server: Service
     worker: Service
 
-    def knobs(self, **changes: object) -> dict[str, object]:
+    def knobs(self, **changes: object) -> dict[str, Any]:
         """Turn the server's knobs; returns what it has seen."""
         url = f"http://127.0.0.1:{self.port}/knobs"
         return dict(httpx.post(url, json=changes, trust_env=False, timeout=60).json())
@@ -41,7 +41,9 @@ class Pair:
 
 
 def _serve(stack: Stack, port: int) -> Service:
-    server = stack.start("tests.vllm_server", "--port", str(port), "--token-s", str(TOKEN_S))
+    # A connector that is one in name: the fake server's tokens need no KV.
+    connector = ("--kv-address", f"tcp://127.0.0.1:{port}")
+    server = stack.start("tests.vllm_server", "--port", str(port), "--token-s", str(TOKEN_S), *connector)
     url = f"http://127.0.0.1:{port}/health"
 
     def answers() -> bool:
@@ -140,19 +142,29 @@ def test_a_worker_says_what_stands_behind_it(frontend: Service, pairs: dict[str,
     shown = eventually(lambda: (seen := shown_workers()).keys() == pairs.keys() and seen, "both are known")
     for name, pair in pairs.items():
         assert (shown[name]["engine"], shown[name]["device"]) == ("vllm", f"127.0.0.1:{pair.port}")
-        assert shown[name]["migration_modes"] == ["tokens"]
+        assert shown[name]["migration_modes"] == ["kv", "tokens"]
 
 
-def test_a_chat_moves_between_servers_by_its_tokens(
-    chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str
+@pytest.mark.parametrize("mode", ["tokens", "kv"])
+def test_a_chat_moves_between_servers(
+    chat: StreamedChat, frontend: Service, pairs: dict[str, Pair], story: str, mode: str
 ) -> None:
-    """There and back in mid-stream: each server goes on after the other's last token, and ends what it did before."""
+    """There and back in mid-stream: each server goes on after the other's last token, and ends what it did before.
+
+    By KV the server that it goes to is told where the other's connector is.
+    """
     here, sequence = holder(frontend, chat.id)
     (there,) = set(pairs) - {here}
     for target in (there, here):
-        code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", "tokens")
+        code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", mode)
         assert (code, [move["state"] for move in moved["moves"]]) == (0, ["committed"])
         chat.read(len(chat.text) + 10)
+        told = pairs[target].worker.events("migration_committed")[-1]
+        assert (told["mode"], told["copied_bytes"] > 0) == (mode, mode == "kv")
+        ids = [body for body in pairs[target].knobs()["bodies"] if body["max_tokens"] == 1][-1]
+        (other,) = set(pairs) - {target}
+        source = {"mell": {"from": f"tcp://127.0.0.1:{pairs[other].port}"}}
+        assert ids.get("kv_transfer_params") == (source if mode == "kv" else None)
     assert not chat.done, "both moves were made in mid-stream"
     assert read_quickly(chat, pairs) == story
     assert chat.finish_reason == "length"

@@ -105,12 +105,16 @@ def output(
 
 
 def test_it_says_what_it_is(subject: Subject) -> None:
-    """Modes that show memory only where memory is shown; a pace of its own only with the port for that."""
+    """Modes that show memory only where memory is shown; a pace of its own only with the port for that.
+
+    By KV also where engines fetch it from one another, and say where.
+    """
     spec = subject.engine.spec
     assert spec.kv_blocks * spec.block_tokens >= len(PROMPT) + TOKENS
     assert "tokens" in spec.migration_modes
     assert isinstance(subject.engine, PacedEngine) == spec.can.own_pace == (spec.can.blocks == "estimated")
-    if "kv" in spec.migration_modes:
+    assert bool(spec.kv_source) == ("kv" in spec.migration_modes and spec.can.kv == "fetched")
+    if "kv" in spec.migration_modes and spec.can.kv == "sent":
         assert spec.can.blocks == "known"
         assert memoryview(subject.engine.kv_block(1)).nbytes == spec.block_bytes
     else:

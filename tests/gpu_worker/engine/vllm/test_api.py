@@ -8,11 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
+from mell_gpu_worker.core.step import Fetched
 from mell_gpu_worker.engine.vllm.api import (
+    Connector,
     RefusedError,
     WrongAnswerError,
     completion_request,
     read_chunk,
+    read_connector,
+    read_fetched,
     seed_at,
     structured_outputs,
 )
@@ -198,3 +202,29 @@ def test_metrics_that_lack_something(text: str) -> None:
     """The message names it."""
     with pytest.raises(NoMetricsError, match="cache_config_info"):
         read_metrics(text)
+
+
+KV = {"address": "tcp://10.0.0.5:5601", "layout": "0123", "block_tokens": 16, "block_bytes": 1024}
+
+
+def test_what_a_connector_says_is_read() -> None:
+    """Of itself, and of a request for which it fetched."""
+    assert read_connector({"kv_transfer_params": {"mell": KV}}) == Connector("tcp://10.0.0.5:5601", "0123", 16, 1024)
+    fetched = {"fetched_tokens": 32, "fetched_bytes": 2048, "fetch_us": 7}
+    assert read_fetched({"kv_transfer_params": {"mell": KV | fetched}}) == Fetched(32, 2048, 7)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["kv_transfer_params", "mell"]), st.none() | st.integers() | st.text())
+    | st.fixed_dictionaries(
+        {
+            "kv_transfer_params": st.fixed_dictionaries(
+                {"mell": st.dictionaries(st.sampled_from([*KV]), st.none() | st.text())}
+            )
+        }
+    )
+)
+def test_a_server_without_such_a_connector_says_nothing_of_it(said: dict[str, Any]) -> None:
+    """Or something else: it is taken for one without."""
+    assert read_connector(said) is None
+    assert read_fetched(said) == Fetched()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mell_gpu_worker.core.step import StepRow
+from mell_gpu_worker.core.step import Fetched, StepResult, StepRow
 from mell_gpu_worker.engine.base import EngineAwayError, EngineError
 from mell_gpu_worker.engine.vllm.engine import VllmEngine
 from mell_shared.messages.sampling import Grammar, SamplingParams
@@ -229,10 +229,12 @@ LONGER = PROMPT * 4
 """Four of the server's blocks."""
 
 
-def warm(engine: VllmEngine, count: int) -> None:
+def warm(engine: VllmEngine, count: int, kv_source: str = "") -> StepResult:
     """Let the first `count` tokens of a sequence that may come be prefilled."""
-    while engine.execute([StepRow("s", LONGER, len(LONGER), 0, count, range(4), None)]).pending:
+    row = StepRow("s", LONGER, len(LONGER), 0, count, range(4), None, kv_source)
+    while (result := engine.execute([row])).pending:
         pass
+    return result
 
 
 def test_prefill_for_who_may_come_warms_the_servers_cache(server: FakeVllm, start_engine: StartEngine) -> None:
@@ -262,3 +264,21 @@ def test_a_prefill_that_fails_costs_only_time(server: FakeVllm, start_engine: St
     each = job(LONGER, GREEDY)
     Looks(engine).run({"s": each}, 3)
     assert each.output == expected(LONGER, 3)
+
+
+def test_kv_is_fetched_where_the_source_says(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Each block once; what was fetched is said with the look in which it is there, once."""
+    server.knobs.kv_address = "tcp://here:5601"
+    engine = start_engine()
+    assert warm(engine, 40, "tcp://there:5601").fetched == {0: Fetched(32, 32 * 64, 1000)}
+    assert warm(engine, 45, "tcp://there:5601").fetched == {}
+    assert warm(engine, 63, "tcp://there:5601").fetched == {0: Fetched(48, 48 * 64, 1000)}
+    params = {"mell": {"from": "tcp://there:5601"}}
+    assert [body.get("kv_transfer_params") for body in server.seen.bodies] == [params, params]
+
+
+def test_kv_that_cannot_be_fetched_is_computed(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Nothing is said of it."""
+    server.knobs.kv_address, server.knobs.kv_refused = "tcp://here:5601", True
+    assert warm(start_engine(), 40, "tcp://there:5601").fetched == {}
+    assert len(server.seen.bodies) == 1

@@ -58,6 +58,19 @@ def test_what_the_server_says_is_what_the_worker_is(server: FakeVllm, start_engi
     assert (spec.max_model_len, spec.kv_blocks, spec.block_tokens) == (1000, server.knobs.blocks - 1, 32)
     spec = start_engine(vllm_model="theirs", max_model_len=500, kv_blocks=9, block_tokens=32).spec
     assert (spec.max_model_len, spec.kv_blocks) == (500, 9)
+    assert (spec.migration_modes, spec.kv_layout, spec.kv_source) == (("tokens",), "vllm", "")
+
+
+def test_a_server_with_a_connector_moves_by_kv(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Its layout is the connector's, so that others are not taken for its like; without a cache it is of no use."""
+    server.knobs.kv_address, server.knobs.kv_layout = "tcp://10.0.0.5:5601", "0123"
+    spec = start_engine().spec
+    assert spec.migration_modes == ("kv", "tokens")
+    assert (spec.kv_layout, spec.kv_source) == ("vllm 0123", "tcp://10.0.0.5:5601")
+    assert spec.kv_bytes_per_token == 64
+    assert (spec.can.kv, spec.can.blocks) == ("fetched", "estimated")
+    server.knobs.prefix_cache = False
+    assert start_engine().spec.migration_modes == ("tokens",)
 
 
 def test_a_model_of_the_workers_own_name_is_preferred(server: FakeVllm, start_engine: StartEngine) -> None:

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mell_gpu_worker.core.step import SampledToken
+from mell_gpu_worker.core.step import Fetched, SampledToken
 from mell_shared.messages.frontend import TokenLogprobs
 from mell_shared.messages.sampling import FinishReason, Grammar, SamplingParams
 
 MOST_LOGPROBS = 20
 _MOST_BIAS = 100.0
 _ID_MARK = "token_id:"
+_CONNECTOR = "mell"
+"""Its part of `kv_transfer_params`."""
 _RETRIED = frozenset({408, 425, 429})
 _ENDS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
@@ -70,9 +72,54 @@ def completion_request(
     return body
 
 
-def warm_up_request(model: str, ids: Sequence[int]) -> dict[str, Any]:
-    """Return the body that brings `ids` into the server's prefix cache; its one token is of no use."""
-    return {"model": model, "prompt": list(ids), "stream": True, "max_tokens": 1, "temperature": 0}
+def warm_up_request(model: str, ids: Sequence[int], kv_source: str = "") -> dict[str, Any]:
+    """Return the body that brings `ids` into the server's prefix cache; its one token is of no use.
+
+    With a `kv_source`, the address of another server's connector, it fetches from there what it can.
+    """
+    body: dict[str, Any] = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
+    if kv_source:
+        body["kv_transfer_params"] = {_CONNECTOR: {"from": kv_source}}
+    return body
+
+
+class Connector(NamedTuple):
+    """What a server's KV connector (`mell_vllm_connector`) tells of itself."""
+
+    address: str
+    layout: str
+    block_tokens: int
+    block_bytes: int
+
+
+def connector_request(model: str) -> dict[str, Any]:
+    """Return the body that lets a server's connector, if there is one, tell of itself."""
+    return {**warm_up_request(model, [0]), "kv_transfer_params": {_CONNECTOR: {}}}
+
+
+def read_connector(said: dict[str, Any]) -> Connector | None:
+    """Return what the answer to `connector_request` tells; None: there is none."""
+    told = _of_connector(said)
+    address, layout = told.get("address"), told.get("layout")
+    block_tokens, block_bytes = told.get("block_tokens"), told.get("block_bytes")
+    if not (isinstance(address, str) and isinstance(layout, str)):
+        return None
+    if not (isinstance(block_tokens, int) and isinstance(block_bytes, int)):
+        return None
+    return Connector(address, layout, block_tokens, block_bytes)
+
+
+def read_fetched(said: dict[str, Any]) -> Fetched:
+    """Return what a server says that it fetched for a request."""
+    told = _of_connector(said)
+    figures = [told.get(name) for name in ("fetched_tokens", "fetched_bytes", "fetch_us")]
+    return Fetched(*(figure if isinstance(figure, int) and figure >= 0 else 0 for figure in figures))
+
+
+def _of_connector(said: dict[str, Any]) -> dict[str, Any]:
+    parameters = said.get("kv_transfer_params")
+    told = parameters.get(_CONNECTOR) if isinstance(parameters, dict) else None
+    return told if isinstance(told, dict) else {}
 
 
 def seed_at(sampling: SamplingParams, outputs: int) -> int:

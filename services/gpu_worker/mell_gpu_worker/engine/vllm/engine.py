@@ -86,7 +86,7 @@ class VllmEngine:
         for place, row in enumerate(rows):
             sampled.append(self._collect(place, row, result, pending))
         step_us = (time.perf_counter_ns() - began_ns) // 1000
-        return StepResult(tuple(sampled), step_us, result.failed, frozenset(pending), result.ended)
+        return StepResult(tuple(sampled), step_us, result.failed, frozenset(pending), result.ended, result.fetched)
 
     def _follow(self, row: StepRow) -> None:
         """Let the server work on a row, unless it does already."""
@@ -94,7 +94,7 @@ class VllmEngine:
         if row.sampling is None:
             older = work if isinstance(work, WarmUp) else None
             if older is None or (older.ready and older.tokens < row.start + row.count):
-                warm_up = self._warm_ups.begin(row.token_ids, row.start + row.count, older)
+                warm_up = self._warm_ups.begin(row.token_ids, row.start + row.count, row.kv_source, older)
                 self._drop(row.sequence)
                 self._open[row.sequence] = warm_up
                 self._parts.loop.call(self._warm_ups.open, warm_up)
@@ -111,6 +111,8 @@ class VllmEngine:
             pending.add(place)
             return None
         if isinstance(work, WarmUp):
+            if work.fetched.tokens:
+                result.fetched[place] = work.fetched
             return None
         token = None
         if work.fresh:
@@ -187,7 +189,7 @@ class VllmEngine:
 
     def kv_block(self, index: int) -> Any:
         """Raise `EngineError`: a server shows its memory to nobody."""
-        raise EngineError("a vLLM server's KV cannot be read: its sequences move by their tokens")
+        raise EngineError("a vLLM server's KV cannot be read from here: its sequences move by their tokens")
 
     def scratch(self, size_bytes: int) -> Any:
         """Raise `EngineError`, as `kv_block`."""
@@ -214,7 +216,12 @@ def start_vllm_engine(options: EngineOptions) -> VllmEngine:
         _close(loop, server, process)
         raise
     structlog.get_logger().info(
-        "vllm_server", url=server.name, version=facts.version, model=facts.model, prefix_cache=facts.cache.prefix_cache
+        "vllm_server",
+        url=server.name,
+        version=facts.version,
+        model=facts.model,
+        prefix_cache=facts.cache.prefix_cache,
+        kv_source=spec.kv_source or "none",
     )
     return VllmEngine(spec, _Parts(loop, server, process, facts), options)
 
@@ -247,17 +254,20 @@ def _spec(options: EngineOptions, facts: ServerFacts, url: str) -> EngineSpec:
     if options.kv_blocks > cache.blocks:
         raise EngineError(f"--kv-blocks {options.kv_blocks} is over the {cache.blocks} of the vLLM server at {url}")
     vocab_size, eos = _vocabulary(options)
+    # Without a prefix cache there is no place for KV that is fetched before its sequence runs.
+    connector = facts.connector if cache.prefix_cache else None
     return EngineSpec(
         name="vllm",
         device=urlsplit(url).netloc,
-        kv_layout="vllm",
+        kv_layout=f"vllm {connector.layout}" if connector else "vllm",
         max_model_len=options.max_model_len or facts.max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=eos,
         kv_blocks=options.kv_blocks or cache.blocks,
         block_tokens=cache.block_tokens,
-        block_bytes=0,
-        migration_modes=("tokens",),
+        block_bytes=connector.block_bytes if connector else 0,
+        migration_modes=("kv", "tokens") if connector else ("tokens",),
+        kv_source=connector.address if connector else "",
         can=Capabilities(
             blocks="estimated",
             chunked_prefill=False,
@@ -265,6 +275,7 @@ def _spec(options: EngineOptions, facts: ServerFacts, url: str) -> EngineSpec:
             logprobs=facts.logprobs,
             grammars="from_the_start",
             seeded_sameness=False,
+            kv="fetched",
             own_pace=True,
         ),
     )

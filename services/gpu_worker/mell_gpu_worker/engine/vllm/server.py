@@ -10,7 +10,7 @@ import aiohttp
 
 from mell_gpu_worker.engine.base import EngineError
 from mell_gpu_worker.engine.options import EngineOptions
-from mell_gpu_worker.engine.vllm.api import MOST_LOGPROBS, error_text
+from mell_gpu_worker.engine.vllm.api import MOST_LOGPROBS, Connector, connector_request, error_text, read_connector
 from mell_gpu_worker.engine.vllm.metrics import CacheState, NoMetricsError, read_metrics
 
 UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
@@ -34,6 +34,7 @@ class ServerFacts:
     cache: CacheState
     version: str
     logprobs: bool
+    connector: Connector | None = None
 
 
 class Server:
@@ -94,7 +95,7 @@ class Server:
         cache = await self.cache()
         version = (await self._json("/version")).get("version", "of an unknown version")
         logprobs = await self._probe(model, str(version))
-        return ServerFacts(model, max_model_len, cache, str(version), logprobs)
+        return ServerFacts(model, max_model_len, cache, str(version), logprobs, await self._connector(model))
 
     async def _model(self) -> tuple[str, int]:
         cards = (await self._json("/v1/models")).get("data") or []
@@ -143,9 +144,16 @@ class Server:
             return False
         return True
 
+    async def _connector(self, model: str) -> Connector | None:
+        """Ask for its KV connector; a server that has another one, or none, says nothing of it."""
+        try:
+            return read_connector(await self._completion(connector_request(model)))
+        except EngineError:
+            return None
+
     async def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(_PROBE_S), self.complete(body) as response:
-            said = await _json_of(response)
+            said = await json_of(response)
             if response.status != 200:
                 raise EngineError(f"the vLLM server at {self.name} refuses a completion: {error_text(said)}")
             return said
@@ -153,7 +161,7 @@ class Server:
     async def _json(self, path: str) -> dict[str, Any]:
         async with self.session().get(self.url + path, timeout=aiohttp.ClientTimeout(total=ASK_S)) as response:
             self._check(response)
-            return await _json_of(response)
+            return await json_of(response)
 
     async def _ask(self, path: str) -> str:
         async with self.session().get(self.url + path, timeout=aiohttp.ClientTimeout(total=ASK_S)) as response:
@@ -169,7 +177,8 @@ class Server:
         response.raise_for_status()
 
 
-async def _json_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
+async def json_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """Return the object that an answer is; empty if it is something else."""
     try:
         said = await response.json(content_type=None)
     except ValueError:

@@ -1,12 +1,16 @@
-"""Prefill at a vLLM server: a completion of one token, after which its prefix cache holds the ids."""
+"""Prefill at a vLLM server: a completion of one token, after which its prefix cache holds the ids.
+
+Computed there, or fetched from another server, if both have a connector for that.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mell_gpu_worker.engine.vllm.api import warm_up_request
-from mell_gpu_worker.engine.vllm.server import UNREACHABLE, Server, ServerFacts
+from mell_gpu_worker.core.step import Fetched
+from mell_gpu_worker.engine.vllm.api import read_fetched, warm_up_request
+from mell_gpu_worker.engine.vllm.server import UNREACHABLE, Server, ServerFacts, json_of
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +23,9 @@ class WarmUp:
     ids: Sequence[int]
     tokens: int
     opened_s: float
+    kv_source: str = ""
+    """Where another server's connector may have them."""
+    fetched: Fetched = field(default_factory=Fetched)
     ready: bool = False
     task: asyncio.Task[None] | None = None
     closed: bool = False
@@ -38,11 +45,11 @@ class WarmUps:
         self._told = told
         self._block_tokens = facts.cache.block_tokens if facts.cache.prefix_cache else 0
 
-    def begin(self, ids: Sequence[int], tokens: int, older: WarmUp | None) -> WarmUp:
+    def begin(self, ids: Sequence[int], tokens: int, kv_source: str, older: WarmUp | None) -> WarmUp:
         """Return one to be opened on the loop; it is ready at once if no block is full that was not in `older`."""
         whole = tokens - tokens % self._block_tokens if self._block_tokens else 0
         known = len(older.ids) if older is not None else 0
-        return WarmUp(ids[:whole], tokens, time.monotonic(), ready=whole <= known)
+        return WarmUp(ids[:whole], tokens, time.monotonic(), kv_source, ready=whole <= known)
 
     def open(self, warm_up: WarmUp) -> None:
         """Begin; to be called on the loop."""
@@ -57,8 +64,9 @@ class WarmUps:
 
     async def _run(self, warm_up: WarmUp) -> None:
         try:
-            async with self._server.complete(warm_up_request(self._model, warm_up.ids)) as response:
-                await response.read()
+            body = warm_up_request(self._model, warm_up.ids, warm_up.kv_source)
+            async with self._server.complete(body) as response:
+                warm_up.fetched = read_fetched(await json_of(response))
         except UNREACHABLE:
             # Then the sequence is computed when it runs; nothing is lost but time.
             pass
