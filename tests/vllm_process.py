@@ -1,5 +1,6 @@
 """A real vLLM server on the CPU, in a process of its own and an environment of its own (`make vllm-test`)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from mell_shared.models import DEFAULT_MODEL, default_model_dir, locate_model
 from mell_shared.process import death_with_parent
 from tests.ports import free_port
 
-PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
+_ROOT = Path(__file__).parent.parent
+PYTHON = _ROOT / ".venv-vllm" / "bin" / "python"
 _PATIENCE_S = 600.0
 """Weights are small, but a busy machine takes minutes to import and to warm up."""
 _ENVIRONMENT = {
@@ -23,10 +25,23 @@ _ENVIRONMENT = {
 }
 
 
-class VllmProcess:
-    """The server of the default model, while the context lasts; its words are in `log`."""
+_CONNECTOR = {
+    "kv_connector": "MellConnector",
+    "kv_connector_module_path": "mell_vllm_connector.connector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
 
-    def __init__(self, folder: Path) -> None:
+
+class VllmProcess:
+    """The server of the default model, while the context lasts; its words are in `log`.
+
+    With a `connector` others can fetch its KV, at `kv_address`. `blocks`: of KV, if not as many as there is room for.
+    """
+
+    def __init__(self, folder: Path, *, connector: bool = False, blocks: int = 0) -> None:
+        self.kv_address = f"tcp://127.0.0.1:{free_port()}" if connector else ""
+        self.blocks = blocks
         self.log = folder / "vllm.log"
         self.folder = locate_model(DEFAULT_MODEL, default_model_dir())
         self.port = free_port()
@@ -50,10 +65,16 @@ class VllmProcess:
         command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--served-model-name", DEFAULT_MODEL, "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
+        if self.kv_address:
+            transfer = {**_CONNECTOR, "kv_connector_extra_config": {"address": self.kv_address}}
+            command += ["--kv-transfer-config", json.dumps(transfer)]
+        if self.blocks:
+            command += ["--num-gpu-blocks-override", str(self.blocks)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
-                env=os.environ | _ENVIRONMENT,
+                # The connector as it is here, instead of what may have been installed there.
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": str(_ROOT / "services" / "gpu_worker")},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

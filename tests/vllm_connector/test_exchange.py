@@ -53,7 +53,7 @@ def giver(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Giver]:
     monkeypatch.setattr(exchange, "_ROUND_BYTES", 4 * BLOCK_BYTES)
     monkeypatch.setattr(exchange, "_PATIENCE_S", 0.5)
     giver = Giver(address, Memory())
-    giver.change(Changes([], [(digest, 100 + number) for number, digest in enumerate(DIGESTS)]))
+    giver.change(Changes([(digest, 100 + number) for number, digest in enumerate(DIGESTS)], []))
     yield giver
     giver.close()
     giver.close()  # is safe to repeat
@@ -75,7 +75,7 @@ def test_all_blocks_come_in_order(giver: Giver, address: str) -> None:
 
 def test_blocks_come_up_to_the_first_that_is_not_there(giver: Giver, address: str) -> None:
     """Behind a hole nothing is of use."""
-    giver.change(Changes([106], []))
+    giver.change(Changes([], [106]))
     assert count_held(address, DIGESTS) == 6
     assert taken(address, DIGESTS) == list(range(100, 106))
     assert (count_held(address, DIGESTS[6:]), taken(address, DIGESTS[6:])) == (0, [])
@@ -85,7 +85,7 @@ def test_a_block_that_is_overwritten_while_it_is_read_is_not_given(giver: Giver,
     """Nor those behind it: its bytes may be of both contents."""
     memory = giver._memory
     assert isinstance(memory, Memory)
-    memory.meanwhile = lambda: giver.change(Changes([102], []))
+    memory.meanwhile = lambda: giver.change(Changes([], [102]))
     assert taken(address, DIGESTS[:4]) == [100, 101]
 
 

@@ -29,6 +29,7 @@ def request(name: str, ids: Sequence[int], source: str | None = None, **changes:
         "prompt_embeds": None,
         "cache_salt": None,
         "pooling_params": None,
+        "num_computed_tokens": len(ids),
     }
     return SimpleNamespace(**(fields | changes))
 

@@ -147,6 +147,10 @@ def _facts(vllm_config: Any, kv_cache_config: Any) -> Facts:
         raise ValueError(
             f"the address {address!r} of MellConnector must be like tcp://10.0.0.5:5601, as others reach it"
         )
+    if transfer.kv_load_failure_policy != "recompute":
+        log.warning(
+            'set "kv_load_failure_policy" to "recompute": else requests fail whose KV is gone when it is fetched'
+        )
     spec, model = groups[0].kv_cache_spec, vllm_config.model_config
     layout = {
         "vllm": vllm.__version__,

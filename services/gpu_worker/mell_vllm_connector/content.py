@@ -24,11 +24,12 @@ def extend_digests(digests: list[bytes], root: bytes, ids: Sequence[int], blocks
 
 
 class Changes(NamedTuple):
-    """What is to be known before a step runs: blocks whose content is about to go, then what blocks hold by now."""
+    """What is to be known before a step runs: what blocks hold by now, then whose content is about to go."""
 
-    overwritten: list[int]
     filled: list[tuple[bytes, int]]
     """(digest, block)"""
+    overwritten: list[int]
+    """Perhaps of those filled: the blocks of who has ended are the next one's."""
 
 
 @dataclass(slots=True)
@@ -59,9 +60,11 @@ class Book:
         if request not in self._requests:
             self._requests[request] = _Request(ids)
 
-    def forget(self, request: str) -> None:
-        """The request has ended; what its blocks hold stays known until somebody overwrites it."""
-        self._requests.pop(request, None)
+    def end(self, request: str, computed: int) -> None:
+        """The request has ended after `computed` tokens; what its blocks hold stays until somebody overwrites it."""
+        known = self._requests.pop(request, None)
+        if known is not None:
+            self._fill(known, computed)
 
     def begin(self, request: str, blocks: Sequence[int], computed: int) -> None:
         """A request starts, or starts again, in these blocks, the first `computed` tokens of which are there."""
@@ -113,13 +116,13 @@ class Shelf:
 
     def change(self, changes: Changes) -> None:
         """Take in what a step changes."""
-        for block in changes.overwritten:
-            self._drop(block)
         for digest, block in changes.filled:
             if self._digests.get(block) != digest:
                 self._drop(block)
                 self._digests[block] = digest
                 self._blocks.setdefault(digest, {})[block] = None
+        for block in changes.overwritten:
+            self._drop(block)
 
     def _drop(self, block: int) -> None:
         digest = self._digests.pop(block, None)

@@ -83,11 +83,7 @@ class SchedulerHalf:
             return 0, False
         if not visit.held.done():
             return None, False
-        try:
-            end = visit.first + visit.held.result()
-        except ExchangeError as error:
-            log.warning("nothing fetched: %s", error)
-            end = 0
+        end = visit.first + _held(visit)
         tokens = max(0, end * self.facts.block_tokens - computed)
         visit.done = not tokens
         return tokens, tokens > 0
@@ -112,7 +108,7 @@ class SchedulerHalf:
         if visit is None or visit.done or not tokens:
             return
         size = self.facts.block_tokens
-        end = visit.first + visit.held.result()
+        end = visit.first + _held(visit)
         first = end - tokens // size
         visit.load = Load(request.request_id, visit.address, visit.digests[first:end], list(blocks[first:end]))
         visit.begun_s, visit.done = time.monotonic(), True
@@ -143,7 +139,7 @@ class SchedulerHalf:
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request has ended: return what its answer says of this connector, if it was asked for."""
-        self._book.forget(request.request_id)
+        self._book.end(request.request_id, request.num_computed_tokens)
         visit = self._visits.pop(request.request_id, None)
         if PARAMETERS not in (request.kv_transfer_params or {}):
             return None
@@ -159,6 +155,17 @@ class SchedulerHalf:
             told["fetched_bytes"] = visit.fetched_blocks * facts.block_bytes
             told["fetch_us"] = visit.took_us
         return {PARAMETERS: told}
+
+
+def _held(visit: _Visit) -> int:
+    """Return how many blocks the other server has; none if it does not say, which must not end this one."""
+    try:
+        return visit.held.result()
+    except ExchangeError as error:
+        log.warning("nothing fetched: %s", error)
+    except Exception:
+        log.exception("nothing fetched from %s", visit.address)
+    return 0
 
 
 def _parameters(request: Any) -> dict[str, Any]:

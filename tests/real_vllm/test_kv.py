@@ -1,0 +1,163 @@
+"""Two real vLLM servers that have Mell's KV connector: what they give each other, and moves by KV before them."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from mell_shared.models import DEFAULT_MODEL
+from mell_vllm_connector.content import extend_digests, root_digest
+from mell_vllm_connector.exchange import count_held, take
+from tests.cluster.stack import QUICK, Service, Stack, eventually
+from tests.cluster.test_operators import holder, mell
+from tests.vllm_process import VllmProcess
+
+from .test_stack import PATIENCE_S, TOKENS, Streamed
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+
+BLOCKS = 24
+"""Of 128 tokens: a few requests fill the servers."""
+CHURN_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, VllmProcess]]:
+    """Two of them."""
+    folder = tmp_path_factory.mktemp
+    with (
+        VllmProcess(folder("one"), connector=True, blocks=BLOCKS) as one,
+        VllmProcess(folder("two"), connector=True, blocks=BLOCKS) as two,
+    ):
+        yield {"one": one, "two": two}
+
+
+def complete(server: VllmProcess, ids: list[int], tokens: int, source: str | None = None) -> dict[str, Any]:
+    """Let a server complete ids, from another's KV if it is said where."""
+    body: dict[str, Any] = {"model": DEFAULT_MODEL, "prompt": ids, "max_tokens": tokens, "temperature": 0}
+    body |= {"return_token_ids": True, "kv_transfer_params": {"mell": {} if source is None else {"from": source}}}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    """Ids like no others."""
+    draw = random.Random(seed)
+    return [draw.randrange(100, 40_000) for _ in range(tokens)]
+
+
+def digests(ids: list[int], told: dict[str, Any]) -> list[bytes]:
+    """Of the full blocks of these ids, at servers that tell this of themselves."""
+    made: list[bytes] = []
+    size = told["block_tokens"]
+    extend_digests(made, root_digest(told["layout"]), ids, len(ids) // size, size)
+    return made
+
+
+def taken(server: VllmProcess, names: list[bytes], told: dict[str, Any]) -> np.ndarray:
+    """The first of these blocks, a row each."""
+    return np.concatenate(list(take(server.kv_address, names, told["block_bytes"])))
+
+
+def test_a_request_goes_on_from_anothers_kv(servers: dict[str, VllmProcess]) -> None:
+    """While that one still runs: all full blocks are fetched, and the text is the one that it makes there."""
+    one, two = servers["one"], servers["two"]
+    ids = prompt(1, 1000)
+    there: dict[str, Any] = {}
+    running = threading.Thread(target=lambda: there.update(complete(one, ids, 60)))
+    running.start()
+    told = complete(two, prompt(2, 10), 1)["kv_transfer_params"]["mell"]
+    names = digests(ids, told)
+    eventually(lambda: count_held(one.kv_address, names) == len(names), "its blocks are full", 60.0)
+    assert running.is_alive()
+    fetched = complete(two, ids, 1, one.kv_address)["kv_transfer_params"]["mell"]
+    here = complete(two, ids, 60)
+    running.join()
+    assert fetched["fetched_tokens"] == 896
+    assert here["choices"][0]["token_ids"] == there["choices"][0]["token_ids"]
+    print({name: value for name, value in fetched.items() if name.startswith("fetch")})  # noqa: T201
+
+
+def test_no_block_is_given_for_another(servers: dict[str, VllmProcess]) -> None:
+    """However fast a server's blocks change hands while they are read: what comes is what another server computes."""
+    one, two = servers["one"], servers["two"]
+    told = complete(two, prompt(2, 10), 1)["kv_transfer_params"]["mell"]
+    prompts = [prompt(100 + number, 700) for number in range(6)]
+    names = [digests(ids, told) for ids in prompts]
+    wanted: list[np.ndarray] = []
+    for ids, name in zip(prompts, names, strict=True):
+        complete(two, ids, 1)
+        wanted.append(taken(two, name, told))
+        assert len(wanted[-1]) == len(name)
+    stop = threading.Event()
+
+    def churn(seed: int) -> None:
+        draw = random.Random(seed)
+        while not stop.is_set():
+            complete(one, draw.choice(prompts)[: draw.randrange(100, 700)], draw.randrange(1, 4))
+
+    threads = [threading.Thread(target=churn, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    counts = np.zeros(len(names[0]) + 1, dtype=int)
+    end_s = time.monotonic() + CHURN_S
+    while time.monotonic() < end_s:
+        for name, content in zip(names, wanted, strict=True):
+            got = taken(one, name, told)
+            counts[len(got)] += 1
+            same = content[: len(got)].view(np.float32)
+            # Not the same to the last bit: other requests are in the batch.
+            assert np.allclose(got.view(np.float32), same, atol=2e-2, rtol=1e-2)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print("takes by blocks given:", counts.tolist())  # noqa: T201
+    assert counts[1:].sum() > 20
+    assert (counts > 0).sum() > 2, "they changed hands"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A broker and a scheduler."""
+    with Stack(tmp_path_factory.mktemp("stack"), {**QUICK, "MELL_WORKER_SILENCE_S": "10"}) as stack:
+        stack.start_scheduler().ready()
+        yield stack
+
+
+def test_a_stream_moves_by_kv(stack: Stack, servers: dict[str, VllmProcess]) -> None:
+    """There and back in mid-stream: the text of a server alone, and next to nothing is computed again."""
+    flags = ("--engine", "vllm", "--model", DEFAULT_MODEL)
+    workers: dict[str, Service] = {
+        name: stack.start("mell_gpu_worker", *flags, "--vllm-url", server.url, "--worker-name", name)
+        for name, server in servers.items()
+    }
+    for worker in workers.values():
+        worker.ready(PATIENCE_S)
+    frontend = stack.start_frontend("--admin-key", "secret", model=DEFAULT_MODEL)
+    url = frontend.ready(PATIENCE_S)["url"]
+    with httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
+        eventually(lambda: client.get("/ready").status_code == 200, "ready")
+        story = Streamed(client).read()
+        chat = Streamed(client)
+        chat.read(700)
+        here, sequence = holder(frontend, chat.id)
+        (there,) = set(workers) - {here}
+        for target in (there, here):
+            code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", "kv")
+            assert code == 0, moved
+            chat.read(20)
+        assert not chat.done, "both moves were made in mid-stream"
+        assert chat.read() == story
+        assert chat.usage is not None
+        assert chat.usage["completion_tokens"] == TOKENS
+    for name in (there, here):
+        event = workers[name].events("migration_committed")[-1]
+        print(f"moved to {name}:", {k: v for k, v in event.items() if k.endswith(("_us", "_tokens", "_bytes"))})  # noqa: T201
+        assert event["mode"] == "kv"
+    assert workers[there].events("migration_committed")[-1]["copied_bytes"] > 0
