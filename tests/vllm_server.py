@@ -70,7 +70,6 @@ class Knobs:
     """Sent instead of a first chunk."""
     kv_address: str = ""
     """Where its connector gives KV; empty: it has none."""
-    kv_layout: str = "layout"
     kv_refused: bool = False
     """Nothing can be fetched."""
     mute: bool = False
@@ -223,7 +222,7 @@ class FakeVllm:
         if asked is None or not knobs.kv_address:
             return None
         size, block_bytes = knobs.block_tokens, 64 * knobs.block_tokens
-        told: dict[str, Any] = {"address": knobs.kv_address, "layout": knobs.kv_layout}
+        told: dict[str, Any] = {"address": knobs.kv_address, "layout": "layout"}
         told |= {"block_tokens": size, "block_bytes": block_bytes}
         if asked.get("from"):
             blocks = 0 if knobs.kv_refused else len(body["prompt"]) // size

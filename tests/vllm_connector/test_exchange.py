@@ -10,7 +10,7 @@ import zmq
 
 from mell_vllm_connector import exchange
 from mell_vllm_connector.content import Changes
-from mell_vllm_connector.exchange import ExchangeError, Giver, count_held, take
+from mell_vllm_connector.exchange import Absent, ExchangeError, Giver, count_held, take
 from mell_vllm_connector.kv_memory import Bytes
 from tests.ports import free_port
 
@@ -87,6 +87,47 @@ def test_a_block_that_is_overwritten_while_it_is_read_is_not_given(giver: Giver,
     assert isinstance(memory, Memory)
     memory.meanwhile = lambda: giver.change(Changes([], [102]))
     assert taken(address, DIGESTS[:4]) == [100, 101]
+
+
+def test_a_block_that_cannot_be_read_is_not_given(giver: Giver, address: str) -> None:
+    """As for want of memory to read it into; the giver goes on."""
+    memory = giver._memory
+    assert isinstance(memory, Memory)
+
+    def fail() -> None:
+        raise MemoryError
+
+    memory.meanwhile = fail
+    assert taken(address, DIGESTS[:4]) == []
+    memory.meanwhile = lambda: None
+    assert taken(address, DIGESTS[:4]) == [100, 101, 102, 103]
+
+
+def test_who_gave_no_answer_is_not_asked_again_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else waits for it; after a while it may be back."""
+    monkeypatch.setattr(exchange, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(exchange, "_ABSENT_S", 1.0)
+    absent = Absent()
+    with pytest.raises(ExchangeError, match="no answer within"):
+        absent.count_held(address, DIGESTS)
+    with pytest.raises(ExchangeError, match="a moment ago"):
+        absent.count_held(address, DIGESTS)
+    giver = Giver(address, Memory())
+    try:
+        time.sleep(1.0)
+        assert absent.count_held(address, DIGESTS) == 0
+    finally:
+        giver.close()
+
+
+def test_a_server_that_is_too_slow_is_given_up(giver: Giver, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it answers each question in time."""
+    monkeypatch.setattr(exchange, "_SLOWEST_S", 0.1)
+    memory = giver._memory
+    assert isinstance(memory, Memory)
+    memory.meanwhile = lambda: time.sleep(0.06)
+    with pytest.raises(ExchangeError, match="too slow"):
+        taken(address, DIGESTS)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,46 @@ def test_blocks_that_were_overwritten_in_between_fail(servers: tuple[Server, Ser
     assert two.plan.finished(each)["mell"]["fetched_tokens"] == 4
 
 
+def test_ranks_that_fail_before_the_last_is_done_count() -> None:
+    """A rank tells of its failures with its own end; what all have is what was fetched."""
+    answer: Future[int] = Future()
+    answer.set_result(2)
+    plan = SchedulerHalf(Facts("tcp://127.0.0.1:1", "layout", SIZE, 8), lambda address, digests: answer)
+    each = request("a", IDS, "tcp://127.0.0.1:2")
+    assert plan.matched(each, 0) == (8, True)
+    plan.allocated(each, [1, 2, 3], 8)
+    plan.received(set(), {2, 9})
+    plan.received({"a"}, set())
+    assert plan.finished(each)["mell"]["fetched_tokens"] == 4
+
+
+def test_an_empty_cache_gives_nothing_that_was_fetched_before(servers: tuple[Server, Server]) -> None:
+    """The weights may have changed since: neither what was there, nor what was on its way."""
+    one, two = servers
+    one.compute(request("a", IDS), [3, 5, 7])
+    each = request("b", IDS, one.address)
+    assert two.fetch(each, [1, 2, 4]) == (8, set())
+    two.plan.reset()
+    two.plan.allocated(each, [1, 2, 4], 0)
+    two.step(new=[(each, [1, 2, 4], 8)])
+    assert two.plan.finished(each)
+    two.step()
+    assert one.fetch(request("c", IDS, two.address), [10, 11, 12]) == (0, set())
+    one.plan.reset()
+    one.step()
+    assert two.fetch(request("d", IDS, one.address), [10, 11, 12]) == (0, set())
+
+
+def test_a_request_that_ends_waits_for_nobody() -> None:
+    """The question about it is taken back, if nobody has begun to ask it."""
+    answer: Future[int] = Future()
+    plan = SchedulerHalf(Facts("tcp://127.0.0.1:1", "layout", SIZE, 8), lambda address, digests: answer)
+    each = request("a", IDS, "tcp://127.0.0.1:2")
+    assert plan.matched(each, 0) == (None, False)
+    plan.finished(each)
+    assert answer.cancelled()
+
+
 def test_another_layout_has_nothing_in_common() -> None:
     """Same ids, same block size, another model: not a block."""
     one, other = Server(), Server("another")

@@ -5,8 +5,8 @@
         "kv_connector_extra_config": {"address": "tcp://10.0.0.5:5601"}}'
 
 A request that says where KV of its tokens may be (`"kv_transfer_params": {"mell": {"from": "tcp://10.0.0.6:5601"}}`)
-waits until as many of its full blocks as are there have been fetched; the rest is computed. The other server's part in
-it takes nothing of its steps.
+waits until as many of its full blocks as are there have been fetched; the rest is computed. The other server's steps do
+not wait for that.
 """
 
 import hashlib
@@ -23,9 +23,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from mell_vllm_connector.exchange import count_held
+from mell_vllm_connector.exchange import Absent
 from mell_vllm_connector.kv_memory import open_memory
 from mell_vllm_connector.scheduler_half import Facts, SchedulerHalf, StepOrders
 from mell_vllm_connector.worker_half import WorkerHalf, rank_address
@@ -46,14 +47,16 @@ class MellConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._facts = _facts(vllm_config, kv_cache_config)
+        self._bind = vllm_config.kv_transfer_config.get_from_extra_config("bind", self._facts.address)
         self._rank = vllm_config.parallel_config.rank
         self._blocks = kv_cache_config.num_blocks
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._pool = ThreadPoolExecutor(4, thread_name_prefix="mell-kv-ask")
+            absent = Absent()
             self._scheduler = SchedulerHalf(
-                self._facts, lambda address, wanted: self._pool.submit(count_held, address, wanted)
+                self._facts, lambda address, wanted: self._pool.submit(absent.count_held, address, wanted)
             )
 
     # --- in the scheduler
@@ -80,6 +83,11 @@ class MellConnector(KVConnectorBase_V1):  # type: ignore[misc]
         finished, failed = connector_output.finished_recving, connector_output.invalid_block_ids
         self._planning.received(finished or set(), failed or set())
 
+    def reset_cache(self) -> bool:
+        """What was computed before is not given any more."""
+        self._planning.reset()
+        return True
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Nothing is kept back: what the blocks hold is given as long as nobody overwrites them."""
         del block_ids
@@ -94,7 +102,7 @@ class MellConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Begin to give."""
-        self._worker = WorkerHalf(self._facts.address, self._rank, open_memory(kv_caches, self._blocks))
+        self._worker = WorkerHalf(self._bind, self._rank, open_memory(kv_caches, self._blocks))
         log.info("KV is given at %s", rank_address(self._facts.address, self._rank))
 
     def bind_connector_metadata(self, connector_metadata: Orders) -> None:
@@ -142,20 +150,29 @@ def _facts(vllm_config: Any, kv_cache_config: Any) -> Facts:
         raise ValueError("MellConnector knows models with full attention in every layer only: leave it out")
     if parallel.data_parallel_size != 1:
         raise ValueError("MellConnector does not know data parallelism: start a server for each copy")
+    if parallel.decode_context_parallel_size != 1 or parallel.prefill_context_parallel_size != 1:
+        raise ValueError("MellConnector does not know context parallelism: leave one of them out")
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ValueError("MellConnector does not know sleep, which takes the KV's memory away: leave one of them out")
     address = transfer.get_from_extra_config("address", f"tcp://127.0.0.1:{transfer.kv_port}")
-    if not _is_address(address):
-        raise ValueError(
-            f"the address {address!r} of MellConnector must be like tcp://10.0.0.5:5601, as others reach it"
-        )
+    for name in ("address", "bind"):
+        said = transfer.get_from_extra_config(name, address)
+        if not _is_address(said):
+            raise ValueError(f"{name} of MellConnector must be like tcp://10.0.0.5:5601, not {said!r}")
     if transfer.kv_load_failure_policy != "recompute":
         log.warning(
             'set "kv_load_failure_policy" to "recompute": else requests fail whose KV is gone when it is fetched'
         )
+    config = vllm_config.model_config.hf_config.to_diff_dict()
     spec, model = groups[0].kv_cache_spec, vllm_config.model_config
     layout = {
         "vllm": vllm.__version__,
+        "machine": [current_platform.device_type, torch.backends.cpu.get_cpu_capability()],
+        "backend": str(vllm_config.attention_config.backend),
         "model": transfer.get_from_extra_config("model", model.model),
         "revision": model.revision,
+        "config": {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"},
+        "length": model.max_model_len,
         "quantization": str(model.quantization),
         "dtypes": [str(model.dtype), str(vllm_config.cache_config.cache_dtype)],
         "spec": str(spec),
@@ -165,7 +182,7 @@ def _facts(vllm_config: Any, kv_cache_config: Any) -> Facts:
     }
     return Facts(
         address=address,
-        layout=hashlib.blake2b(json.dumps(layout).encode(), digest_size=8).hexdigest(),
+        layout=hashlib.blake2b(json.dumps(layout, default=str, sort_keys=True).encode(), digest_size=8).hexdigest(),
         block_tokens=spec.block_size,
         block_bytes=spec.page_size_bytes * len(groups[0].layer_names) * parallel.world_size,
     )

@@ -30,6 +30,8 @@ class Changes(NamedTuple):
     """(digest, block)"""
     overwritten: list[int]
     """Perhaps of those filled: the blocks of who has ended are the next one's."""
+    reset: bool = False
+    """Before both: nothing counts that was known until now."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,11 @@ class Book:
         self._block_tokens = block_tokens
         self._requests: dict[str, _Request] = {}
         self._changes = Changes([], [])
+
+    def reset(self) -> None:
+        """What was computed up to now must not be given any more; whoever runs is not followed any further."""
+        self._requests.clear()
+        self._changes = Changes([], self._changes.overwritten, reset=True)
 
     def know(self, request: str, ids: Sequence[int]) -> None:
         """Follow a request; `ids` is its prompt and output, and grows. One that is not known only overwrites."""
@@ -82,9 +89,12 @@ class Book:
             known.blocks.extend(blocks)
             self._fill(known, computed)
 
-    def overwrite(self, blocks: Sequence[int]) -> None:
-        """Something else is about to be written to these blocks."""
+    def load(self, request: str, blocks: Sequence[int]) -> None:
+        """These blocks are about to be fetched for a request, which has none of those that it may have had before."""
         self._changes.overwritten.extend(blocks)
+        known = self._requests.get(request)
+        if known is not None:
+            known.blocks, known.told = [], 0
 
     def _fill(self, known: _Request, computed: int) -> None:
         # Servers count tokens that they have not drawn yet: of those nobody knows what the block holds.
@@ -102,6 +112,13 @@ class Book:
         return changes
 
 
+class Found(NamedTuple):
+    """A block that holds what was asked for, and which of its contents that is."""
+
+    block: int
+    stamp: int
+
+
 class Shelf:
     """Which block holds what, on the side that has the memory. Not safe for threads: its owner locks."""
 
@@ -109,6 +126,9 @@ class Shelf:
         self._blocks: dict[bytes, dict[int, None]] = {}
         """Equal content may lie in several blocks."""
         self._digests: dict[int, bytes] = {}
+        self._stamps: dict[int, int] = {}
+        self._count = 0
+        """Of blocks that were filled; a block's stamp is its number."""
 
     def __len__(self) -> int:
         """Return the number of blocks whose content is known."""
@@ -116,10 +136,14 @@ class Shelf:
 
     def change(self, changes: Changes) -> None:
         """Take in what a step changes."""
+        if changes.reset:
+            for block in list(self._digests):
+                self._drop(block)
         for digest, block in changes.filled:
             if self._digests.get(block) != digest:
                 self._drop(block)
-                self._digests[block] = digest
+                self._count += 1
+                self._digests[block], self._stamps[block] = digest, self._count
                 self._blocks.setdefault(digest, {})[block] = None
         for block in changes.overwritten:
             self._drop(block)
@@ -127,22 +151,24 @@ class Shelf:
     def _drop(self, block: int) -> None:
         digest = self._digests.pop(block, None)
         if digest is not None:
+            del self._stamps[block]
             holders = self._blocks[digest]
             del holders[block]
             if not holders:
                 del self._blocks[digest]
 
-    def find(self, digests: Sequence[bytes]) -> list[int]:
+    def find(self, digests: Sequence[bytes]) -> list[Found]:
         """Return the blocks that hold the first of these, up to the first that none holds."""
-        found: list[int] = []
+        found: list[Found] = []
         for digest in digests:
             holders = self._blocks.get(digest)
             if not holders:
                 break
-            found.append(next(iter(holders)))
+            block = next(iter(holders))
+            found.append(Found(block, self._stamps[block]))
         return found
 
-    def still(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Return how many of the first of these blocks hold what `find` found in them."""
-        pairs = zip(digests, blocks, strict=False)
-        return next((place for place, (d, b) in enumerate(pairs) if self._digests.get(b) != d), len(blocks))
+    def still(self, found: Sequence[Found]) -> int:
+        """Return how many of the first of these have not been touched since `find` found them, not even refilled."""
+        touched = (place for place, (block, stamp) in enumerate(found) if self._stamps.get(block) != stamp)
+        return next(touched, len(found))

@@ -7,6 +7,7 @@ tokens and gets the first of them, up to one that is not there. Questions that m
 import logging
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,9 @@ _ROUND_BYTES = 8 << 20
 _MOST_DIGESTS = 1 << 16
 _PATIENCE_S = 2.0
 """For each answer."""
+_ABSENT_S = 10.0
+_SLOWEST_S = 60.0
+"""For all of a request's blocks."""
 _LOOK_MS = 100
 
 
@@ -42,7 +46,7 @@ class Giver:
     """Answers other servers, on a thread of its own, with what the shelf says the memory holds."""
 
     def __init__(self, address: str, memory: KvMemory) -> None:
-        """Listen at `tcp://host:port`. Raises `OSError` if that cannot be had."""
+        """Listen at `tcp://host:port`, of this machine. Raises `OSError` if that cannot be had."""
         self._memory = memory
         self._shelf = Shelf()
         self._lock = threading.Lock()
@@ -56,13 +60,15 @@ class Giver:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise OSError(f"KV cannot be given at {address}: {error}") from error
+            raise OSError(
+                f'KV cannot be given at {address} ({error}): set "address", or "bind" to one that is here'
+            ) from error
         self._thread = threading.Thread(target=self._run, name="mell-kv-giver", daemon=True)
         self._thread.start()
 
     def change(self, changes: Changes) -> None:
         """Take in what a step is about to change, before it does."""
-        if changes.overwritten or changes.filled:
+        if any(changes):
             with self._lock:
                 self._shelf.change(changes)
 
@@ -74,39 +80,49 @@ class Giver:
     def _run(self) -> None:
         while not self._stopping.is_set():
             if self._socket.poll(_LOOK_MS):
-                peer, *question = self._socket.recv_multipart()
-                answer = self._answer(question)
-                if answer is not None:
+                peer, *frames = self._socket.recv_multipart()
+                question = _read_question(frames)
+                if question is not None:
                     # A peer that is gone, or does not read.
                     with suppress(zmq.ZMQError):
+                        answer = self._answer(question)
                         self._socket.send_multipart([peer, *answer], flags=zmq.NOBLOCK, copy=False)
         self._socket.close()
 
-    def _answer(self, question: Sequence[bytes]) -> list[bytes | memoryview] | None:
-        read = _read_question(question)
-        if read is None:
-            return None
-        what, number, digests = read
+    def _answer(self, question: "_Question") -> list[bytes | memoryview]:
+        what, number, digests = question
         if what == _TAKE:
             digests = digests[: _round_blocks(self._memory.block_bytes)]
         with self._lock:
-            blocks = self._shelf.find(digests)
-        if what == _HELD or not blocks:
-            return [_ANSWER.pack(number, len(blocks), 0), b""]
-        content = self._memory.read(blocks)
+            found = self._shelf.find(digests)
+        if what == _HELD or not found:
+            return [_ANSWER.pack(number, len(found), 0), b""]
+        try:
+            content = self._memory.read([block for block, _ in found])
+        except Exception:
+            # Without memory to read into, say. Others compute what they do not get.
+            log.exception("KV could not be read")
+            return [_ANSWER.pack(number, 0, 0), b""]
         with self._lock:
-            whole = content[: self._shelf.still(digests, blocks)]
+            whole = content[: self._shelf.still(found)]
         return [_ANSWER.pack(number, len(whole), zlib.crc32(whole.data)), whole.data]
 
 
-def _read_question(frames: Sequence[bytes]) -> tuple[bytes, int, list[bytes]] | None:
+class _Question(NamedTuple):
+    what: bytes
+    number: int
+    digests: list[bytes]
+
+
+def _read_question(frames: Sequence[bytes]) -> _Question | None:
     if len(frames) != 3 or frames[0] != _MAGIC or len(frames[1]) != _ASK.size or len(frames[2]) % DIGEST_BYTES:
         return None
     what, number = _ASK.unpack(frames[1])
     if what not in (_HELD, _TAKE):
         return None
     joined = frames[2]
-    return what, number, [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
+    digests = [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
+    return _Question(what, number, digests)
 
 
 def _round_blocks(block_bytes: int) -> int:
@@ -173,13 +189,35 @@ def count_held(address: str, digests: Sequence[bytes]) -> int:
     return min(held, len(digests))
 
 
+class Absent:
+    """Servers that gave no answer lately: for a while they are not asked, so that nobody waits for them again."""
+
+    def __init__(self) -> None:
+        self._until_s: dict[str, float] = {}
+
+    def count_held(self, address: str, digests: Sequence[bytes]) -> int:
+        """As the function of this name; raises `ExchangeError` at once for a server that is thought to be absent."""
+        now_s = time.monotonic()
+        if self._until_s.get(address, 0.0) > now_s:
+            raise ExchangeError(f"{address} gave no answer a moment ago")
+        try:
+            return count_held(address, digests)
+        except ExchangeError:
+            self._until_s = {known: until_s for known, until_s in self._until_s.items() if until_s > now_s}
+            self._until_s[address] = time.monotonic() + _ABSENT_S
+            raise
+
+
 def take(address: str, digests: Sequence[bytes], block_bytes: int) -> Iterator[Bytes]:
     """Yield the content of these blocks, some rows at a time, up to one that is not there. Raises `ExchangeError`."""
     size = _round_blocks(block_bytes)
     rounds = [digests[at : at + size] for at in range(0, len(digests), size)]
+    end_s = time.monotonic() + _SLOWEST_S
     with _Asker(address) as asker:
         asked = [asker.ask(_TAKE, rounds[0])]
         for at, wanted in enumerate(rounds):
+            if time.monotonic() > end_s:
+                raise ExchangeError(f"{address} is too slow: not all blocks came within {_SLOWEST_S:g} s")
             if at + 1 < len(rounds):
                 asked.append(asker.ask(_TAKE, rounds[at + 1]))
             answer = asker.answer(asked[at])

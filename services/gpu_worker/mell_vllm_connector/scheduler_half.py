@@ -53,6 +53,10 @@ class _Visit:
     digests: list[bytes]
     held: "Future[int]"
     load: Load | None = None
+    failed: set[int] = field(default_factory=set)
+    """Blocks of the load that some rank could not get."""
+    outdated: bool = False
+    """What is being loaded must not be given to anybody: it was computed before a reset."""
     begun_s: float = 0.0
     fetched_blocks: int = 0
     took_us: int = 0
@@ -92,7 +96,7 @@ class SchedulerHalf:
         address = _parameters(request).get("from")
         size = self.facts.block_tokens
         first, whole = computed // size, len(request.all_token_ids) // size
-        if not isinstance(address, str) or not address or whole <= first or not is_plain(request):
+        if not isinstance(address, str) or not address or whole <= first or not _is_plain(request):
             return None
         digests: list[bytes] = []
         extend_digests(digests, self._root, request.all_token_ids, whole, size)
@@ -102,9 +106,9 @@ class SchedulerHalf:
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
         """A request has got blocks, of which `tokens` tokens' are to be fetched, as `matched` said."""
-        if is_plain(request):
-            self._book.know(request.request_id, request.all_token_ids)
         visit = self._visits.get(request.request_id)
+        if _is_plain(request) and not (visit and visit.outdated):
+            self._book.know(request.request_id, request.all_token_ids)
         if visit is None or visit.done or not tokens:
             return
         size = self.facts.block_tokens
@@ -113,7 +117,7 @@ class SchedulerHalf:
         visit.load = Load(request.request_id, visit.address, visit.digests[first:end], list(blocks[first:end]))
         visit.begun_s, visit.done = time.monotonic(), True
         self._loads.append(visit.load)
-        self._book.overwrite(visit.load.blocks)
+        self._book.load(request.request_id, visit.load.blocks)
 
     def step(self, output: Any) -> StepOrders:
         """Return what goes with a step that has been planned."""
@@ -128,19 +132,32 @@ class SchedulerHalf:
         return StepOrders(self._book.take(), loads)
 
     def received(self, finished: set[str], failed_blocks: set[int]) -> None:
-        """What was fetched for these requests is in place, but for the blocks that failed."""
-        for request in finished:
-            visit = self._visits.get(request)
-            if visit is not None and visit.load is not None:
-                blocks = visit.load.blocks
-                good = next((at for at, block in enumerate(blocks) if block in failed_blocks), len(blocks))
-                visit.fetched_blocks = good
-                visit.took_us = round((time.monotonic() - visit.begun_s) * 1e6)
+        """What was fetched for these requests is in place, but for the blocks that failed.
+
+        A rank tells of its failures when it has done its part, perhaps steps before the last rank has.
+        """
+        for request, visit in self._visits.items():
+            if visit.load is None or visit.took_us:
+                continue
+            blocks = visit.load.blocks
+            visit.failed |= failed_blocks.intersection(blocks)
+            if request in finished:
+                failed = (at for at, block in enumerate(blocks) if block in visit.failed)
+                visit.fetched_blocks = next(failed, len(blocks))
+                visit.took_us = max(1, round((time.monotonic() - visit.begun_s) * 1e6))
+
+    def reset(self) -> None:
+        """The server's prefix cache was emptied, since its weights have changed, say: nothing of before is given."""
+        self._book.reset()
+        for visit in self._visits.values():
+            visit.outdated = visit.load is not None
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request has ended: return what its answer says of this connector, if it was asked for."""
         self._book.end(request.request_id, request.num_computed_tokens)
         visit = self._visits.pop(request.request_id, None)
+        if visit is not None:
+            visit.held.cancel()
         if PARAMETERS not in (request.kv_transfer_params or {}):
             return None
         facts = self.facts
@@ -173,7 +190,7 @@ def _parameters(request: Any) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def is_plain(request: Any) -> bool:
+def _is_plain(request: Any) -> bool:
     """Whether its KV depends on its token ids alone, and these only ever grow."""
     return not (
         request.lora_request

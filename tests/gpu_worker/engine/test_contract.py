@@ -119,7 +119,7 @@ def test_it_says_what_it_is(subject: Subject) -> None:
         assert memoryview(subject.engine.kv_block(1)).nbytes == spec.block_bytes
     else:
         assert "hybrid" not in spec.migration_modes
-        with pytest.raises(EngineError, match="tokens"):
+        with pytest.raises(EngineError, match="vLLM"):
             subject.engine.kv_block(0)
 
 

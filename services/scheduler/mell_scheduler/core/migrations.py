@@ -96,7 +96,9 @@ class Migrations:
             self._ledger.lay_aside(record)
 
     def _candidate(self, move: Move, record: SequenceRecord) -> Candidate:
-        modes = (Mode.TOKENS.value,) if record.waits else record.worker.modes
+        modes = record.worker.modes_to(self._ledger.workers[move.target])
+        if record.waits:
+            modes = (Mode.TOKENS.value,)
         return Candidate(
             move,
             tokens=max(1, record.tokens),

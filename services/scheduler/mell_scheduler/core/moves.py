@@ -60,13 +60,14 @@ def _unable(record: SequenceRecord, target: WorkerRecord, mode: ModeAsked) -> Mo
         unable = source if not source.modes else target
         return _refused(record.sequence, "unsupported", f"{unable.worker_id} ({unable.spec.engine}) moves nothing")
     if source.pool != target.pool:
-        text = f"{source.worker_id} and {target.worker_id} differ in KV layout, block size or modes of moving"
+        text = f"{source.worker_id} and {target.worker_id} differ in KV layout or block size, or have no mode in common"
         return _refused(record.sequence, "unsupported", text)
     if record.waits and (mode not in ("auto", "tokens") or "tokens" not in source.modes):
         text = "it was preempted and holds no KV: it can be moved by tokens only"
         return _refused(record.sequence, "unsupported", text)
-    if mode != "auto" and mode not in source.modes:
-        text = f"these workers move by {', '.join(source.modes)}, not by {mode}"
+    modes = source.modes_to(target)
+    if mode != "auto" and mode not in modes:
+        text = f"these workers move by {', '.join(modes)}, not by {mode}"
         return _refused(record.sequence, "unsupported", text)
     return None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from mell_scheduler.core.values import MigrationSettled, Outcome
-from mell_scheduler.policy.transfer import Transfer
+from mell_scheduler.policy.transfer import Mode, Transfer
 from mell_shared.messages.scheduler import MigrationCommitted, WorkerReport, WorkerSpec
 
 STATE_RUNNING = 0
@@ -184,6 +184,10 @@ class WorkerRecord:
         """How its sequences can be moved; none: not at all."""
         return self.spec.migration_modes
 
+    def modes_to(self, target: "WorkerRecord") -> tuple[str, ...]:
+        """How its sequences can be moved to another worker of its pool."""
+        return tuple(mode for mode in self.modes if mode in target.modes)
+
     @property
     def load(self) -> int:
         """Sequences it holds or is about to."""
@@ -243,10 +247,14 @@ class ModelRecord:
         """The longest sequence all of its workers can hold."""
 
     def pool_of(self, spec: WorkerSpec) -> str:
-        """Name the pool of a worker. Sequences move only within one: same blocks, and where they can, same KV."""
+        """Name the pool of a worker. Sequences move only within one: same blocks, and where they can, same KV.
+
+        Within one all have a mode in common: `tokens`, or all of theirs.
+        """
         parts = [spec.model, str(spec.block_tokens)]
         if spec.migration_modes:
-            parts += [spec.kv_layout, "+".join(sorted(spec.migration_modes))]
+            modes = sorted(spec.migration_modes)
+            parts += [spec.kv_layout, "tokens" if Mode.TOKENS.value in modes else "+".join(modes)]
         pool = "/".join(parts)
         self.pools[pool] = spec.block_tokens
         return pool

@@ -209,7 +209,7 @@ KV = {"address": "tcp://10.0.0.5:5601", "layout": "0123", "block_tokens": 16, "b
 
 def test_what_a_connector_says_is_read() -> None:
     """Of itself, and of a request for which it fetched."""
-    assert read_connector({"kv_transfer_params": {"mell": KV}}) == Connector("tcp://10.0.0.5:5601", "0123", 16, 1024)
+    assert read_connector({"kv_transfer_params": {"mell": KV}}) == Connector("tcp://10.0.0.5:5601", 1024)
     fetched = {"fetched_tokens": 32, "fetched_bytes": 2048, "fetch_us": 7}
     assert read_fetched({"kv_transfer_params": {"mell": KV | fetched}}) == Fetched(32, 2048, 7)
 

@@ -62,11 +62,11 @@ def test_what_the_server_says_is_what_the_worker_is(server: FakeVllm, start_engi
 
 
 def test_a_server_with_a_connector_moves_by_kv(server: FakeVllm, start_engine: StartEngine) -> None:
-    """Its layout is the connector's, so that others are not taken for its like; without a cache it is of no use."""
-    server.knobs.kv_address, server.knobs.kv_layout = "tcp://10.0.0.5:5601", "0123"
+    """Its layout is that of all, for by tokens they move to one another; without a cache it is of no use."""
+    server.knobs.kv_address = "tcp://10.0.0.5:5601"
     spec = start_engine().spec
     assert spec.migration_modes == ("kv", "tokens")
-    assert (spec.kv_layout, spec.kv_source) == ("vllm 0123", "tcp://10.0.0.5:5601")
+    assert (spec.kv_layout, spec.kv_source) == ("vllm", "tcp://10.0.0.5:5601")
     assert spec.kv_bytes_per_token == 64
     assert (spec.can.kv, spec.can.blocks) == ("fetched", "estimated")
     server.knobs.prefix_cache = False

@@ -151,6 +151,8 @@ class Incoming:
         assert self.commit is not None
         assert self.granted is not None
         claim_us, fetched = self.granted_us - self.committed_us, self.sequence.fetched
+        # Engines that fetch have whole blocks before a sequence runs.
+        ready = self.computed - self.computed % self.block_tokens if fetched.tokens else self.computed
         first_step_us = max(0, self.first_token_us - self.granted_us)
         return MigrationCommitted(
             worker=worker,
@@ -160,7 +162,7 @@ class Incoming:
             generation=self.granted.generation,
             copied_bytes=self.commit.copied_bytes + fetched.size_bytes,
             copy_us=self.commit.copy_us + fetched.took_us,
-            prefilled_tokens=max(0, self.computed - self.held_tokens - fetched.tokens),
+            prefilled_tokens=max(0, ready - self.held_tokens - fetched.tokens),
             prefill_us=max(0, self.prefilled_us - self.reserved_us - fetched.took_us),
             stopped_us=self.commit.tail_us + claim_us + first_step_us,
             tail_us=self.commit.tail_us,

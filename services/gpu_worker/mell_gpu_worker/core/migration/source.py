@@ -182,7 +182,8 @@ class Source:
 
     def _fall_back(self, move: Outgoing, now_us: int) -> list[Command]:
         """The target's prefill does not catch up with the sequence: send KV instead."""
-        if "kv" in self._config.spec.migration_modes and not move.fetches:
+        assert move.held is not None
+        if "kv" in self._config.spec.migration_modes and move.held.address:
             move.freezing = True
             return []
         assert move.catching is not None

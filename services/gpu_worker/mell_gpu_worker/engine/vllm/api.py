@@ -87,8 +87,6 @@ class Connector(NamedTuple):
     """What a server's KV connector (`mell_vllm_connector`) tells of itself."""
 
     address: str
-    layout: str
-    block_tokens: int
     block_bytes: int
 
 
@@ -100,13 +98,10 @@ def connector_request(model: str) -> dict[str, Any]:
 def read_connector(said: dict[str, Any]) -> Connector | None:
     """Return what the answer to `connector_request` tells; None: there is none."""
     told = _of_connector(said)
-    address, layout = told.get("address"), told.get("layout")
-    block_tokens, block_bytes = told.get("block_tokens"), told.get("block_bytes")
-    if not (isinstance(address, str) and isinstance(layout, str)):
+    address, block_bytes = told.get("address"), told.get("block_bytes")
+    if not (isinstance(address, str) and isinstance(block_bytes, int)):
         return None
-    if not (isinstance(block_tokens, int) and isinstance(block_bytes, int)):
-        return None
-    return Connector(address, layout, block_tokens, block_bytes)
+    return Connector(address, block_bytes)
 
 
 def read_fetched(said: dict[str, Any]) -> Fetched:

@@ -189,7 +189,7 @@ class VllmEngine:
 
     def kv_block(self, index: int) -> Any:
         """Raise `EngineError`: a server shows its memory to nobody."""
-        raise EngineError("a vLLM server's KV cannot be read from here: its sequences move by their tokens")
+        raise EngineError("a vLLM server's KV cannot be read from here: ids go to the other worker, no blocks")
 
     def scratch(self, size_bytes: int) -> Any:
         """Raise `EngineError`, as `kv_block`."""
@@ -259,7 +259,8 @@ def _spec(options: EngineOptions, facts: ServerFacts, url: str) -> EngineSpec:
     return EngineSpec(
         name="vllm",
         device=urlsplit(url).netloc,
-        kv_layout=f"vllm {connector.layout}" if connector else "vllm",
+        # The same for all: they move by tokens whatever their KV is like, and connectors know what fits themselves.
+        kv_layout="vllm",
         max_model_len=options.max_model_len or facts.max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=eos,
