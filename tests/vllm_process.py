@@ -74,7 +74,9 @@ class VllmProcess:
             self._process = subprocess.Popen(
                 command,
                 # The connector as it is here, instead of what may have been installed there.
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": str(_ROOT / "services" / "gpu_worker")},
+                env=os.environ
+                | _ENVIRONMENT
+                | {"PYTHONPATH": str(_ROOT / "services" / "gpu_worker"), "VLLM_SERVER_DEV_MODE": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

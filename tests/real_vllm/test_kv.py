@@ -1,21 +1,25 @@
 """Two real vLLM servers that have Mell's KV connector: what they give each other, and moves by KV before them."""
 
+import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+import mell_vllm_connector
 from mell_shared.models import DEFAULT_MODEL
 from mell_vllm_connector.content import extend_digests, root_digest
 from mell_vllm_connector.exchange import count_held, take
 from tests.cluster.stack import QUICK, Service, Stack, eventually
 from tests.cluster.test_operators import holder, mell
-from tests.vllm_process import VllmProcess
+from tests.vllm_process import PYTHON, VllmProcess
 
 from .test_stack import PATIENCE_S, TOKENS, Streamed
 
@@ -120,6 +124,80 @@ def test_no_block_is_given_for_another(servers: dict[str, VllmProcess]) -> None:
     print("takes by blocks given:", counts.tolist())  # noqa: T201
     assert counts[1:].sum() > 20
     assert (counts > 0).sum() > 2, "they changed hands"
+
+
+def test_after_a_reset_nothing_of_before_is_given(servers: dict[str, VllmProcess]) -> None:
+    """Also by a server that has nothing else to do: its weights may be others."""
+    one, ids = servers["one"], prompt(3, 700)
+    names = digests(ids, complete(one, ids, 1)["kv_transfer_params"]["mell"])
+    eventually(lambda: count_held(one.kv_address, names) == len(names), "its blocks are known")
+    url = f"{one.url}/reset_prefix_cache?reset_external=true"
+    eventually(lambda: httpx.post(url, trust_env=False).json()["success"], "it is reset")
+    eventually(lambda: count_held(one.kv_address, names) == 0, "nothing is given")
+
+
+REFUSALS = """
+import sys
+from types import SimpleNamespace as S
+
+import torch
+from vllm.config import KVTransferConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+from mell_vllm_connector.connector import _facts
+
+full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
+
+
+def facts(*specs, extra=None, parallel=None, **model):
+    ranks = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "world_size"), 1)
+    ranks |= {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    known = {"model": "m", "revision": None, "quantization": None, "dtype": torch.float32, "max_model_len": 99}
+    config = {"rope": model.pop("rope", 1), "_path": id(model)}
+    known |= {"enable_sleep_mode": False, "hf_config": S(to_diff_dict=lambda: config)}
+    return _facts(
+        S(
+            parallel_config=S(**(ranks | (parallel or {}))),
+            kv_transfer_config=KVTransferConfig(kv_role="kv_both", kv_connector_extra_config=extra or {}),
+            model_config=S(**(known | model)),
+            cache_config=S(cache_dtype="auto"),
+            attention_config=S(backend=None),
+        ),
+        S(kv_cache_groups=[S(kv_cache_spec=spec, layer_names=["a", "b"]) for spec in specs], kv_cache_layout="L"),
+    )
+
+
+one = facts(full, extra={"address": "tcp://10.0.0.5:5601"})
+assert (one.address, one.block_tokens, one.block_bytes) == ("tcp://10.0.0.5:5601", 16, 2 * full.page_size_bytes)
+assert one.layout == facts(full).layout
+others = [facts(full, model="n"), facts(full, max_model_len=98), facts(full, rope=2), facts(full, extra={"model": "n"})]
+others.append(facts(full, parallel={"tensor_parallel_size": 2}))
+assert len({one.layout} | {other.layout for other in others}) == 5, "n is n, whoever says it"
+refused = {
+    "full attention": lambda: facts(full, full),
+    "data parallelism": lambda: facts(full, parallel={"data_parallel_size": 2}),
+    "context parallelism": lambda: facts(full, parallel={"decode_context_parallel_size": 2}),
+    "sleep": lambda: facts(full, enable_sleep_mode=True),
+    "address of MellConnector": lambda: facts(full, extra={"address": "10.0.0.5:5601"}),
+    "bind of MellConnector": lambda: facts(full, extra={"bind": "tcp://*"}),
+}
+for words, ask in refused.items():
+    try:
+        ask()
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+print("all refused")
+"""
+
+
+def test_what_the_connector_does_not_know_is_refused_at_start() -> None:
+    """In words that say what to leave out; and servers that differ in what KV depends on have different layouts."""
+    path = {"PYTHONPATH": str(Path(mell_vllm_connector.__file__).parent.parent)}
+    run = subprocess.run([PYTHON, "-c", REFUSALS], env=os.environ | path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "all refused" in run.stdout
 
 
 @pytest.fixture(scope="module")

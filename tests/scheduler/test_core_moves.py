@@ -18,6 +18,7 @@ from mell_shared.messages.scheduler import LaneMeasured, MigrationCommitted, Mig
 from tests.scheduler.script import SECOND, Row, Script, placed, queued, replies
 
 KV = ("kv",)
+ALL = ("kv", "tokens", "hybrid")
 
 
 def orders(commands: list[Command]) -> list[StartMigration]:
@@ -105,6 +106,13 @@ def test_only_workers_that_can_do_the_same_take_part(first: tuple[str, ...], sec
     """Nothing is planned from or to a worker that declares no mode, or none that is known, or another one."""
     scene = Packed(modes=first, second_modes=second)
     assert not orders([command for _ in range(6) for command in scene.second()])
+
+
+@pytest.mark.parametrize("both", [(ALL, ("tokens",)), (("tokens",), ALL), (("kv", "tokens"), ("tokens",))])
+def test_workers_that_have_tokens_in_common_move_by_them(both: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+    """As while a fleet gets what lets it move by KV, server by server, however cheap KV would be."""
+    order = Packed(modes=both[0], second_modes=both[1], link_bytes_per_s=1 << 40).order()
+    assert (order.source, order.order.mode) == ("b", "tokens")
 
 
 def test_nothing_moves_in_a_new_leaders_first_two_report_intervals() -> None:

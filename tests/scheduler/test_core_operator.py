@@ -339,6 +339,12 @@ def test_a_mode_that_the_workers_lack_is_refused() -> None:
     scene.report("else")
     assert scene.refused("big", "else") == "unsupported"
     assert Operated(modes=()).refused("big", "c") == "unsupported"
+    scene = Operated()
+    scene.join("few", migration_modes=("tokens",))
+    scene.report("few")
+    assert scene.refused("big", "few", "kv") == "unsupported"
+    (order,) = orders(scene.migrate("big", "few")[1])
+    assert order.order.mode == "tokens"
 
 
 @pytest.mark.parametrize("mode", ["kv", "tokens", "hybrid"])

@@ -280,7 +280,7 @@ class Server(RuleBasedStateMachine):
     @invariant()
     def check(self) -> None:
         """Whatever the shelf says that a block holds, it holds, once it has heard of everything."""
-        if self.book._changes.reset:
+        if self.book.reset_pending:
             return
         for ids in self._texts():
             for place, (block, _) in enumerate(self.shelf.find(digests_of(ids))):

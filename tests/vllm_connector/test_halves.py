@@ -240,7 +240,9 @@ def test_an_empty_cache_gives_nothing_that_was_fetched_before(servers: tuple[Ser
     two.step()
     assert one.fetch(request("c", IDS, two.address), [10, 11, 12]) == (0, set())
     one.plan.reset()
+    assert one.plan.urgent, "also a server with nothing to do gives nothing any more"
     one.step()
+    assert not one.plan.urgent
     assert two.fetch(request("d", IDS, one.address), [10, 11, 12]) == (0, set())
 
 

@@ -88,6 +88,10 @@ class MellConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._planning.reset()
         return True
 
+    def has_pending_push_work(self) -> bool:
+        """Whether a step is wanted though no request wants one."""
+        return self._planning.urgent
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Nothing is kept back: what the blocks hold is given as long as nobody overwrites them."""
         del block_ids

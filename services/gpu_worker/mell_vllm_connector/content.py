@@ -62,6 +62,11 @@ class Book:
         self._requests.clear()
         self._changes = Changes([], self._changes.overwritten, reset=True)
 
+    @property
+    def reset_pending(self) -> bool:
+        """Whether the other side has not heard of a reset yet."""
+        return self._changes.reset
+
     def know(self, request: str, ids: Sequence[int]) -> None:
         """Follow a request; `ids` is its prompt and output, and grows. One that is not known only overwrites."""
         if request not in self._requests:

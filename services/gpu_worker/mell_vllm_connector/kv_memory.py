@@ -102,7 +102,7 @@ class DeviceMemory:
             index = torch.tensor(blocks, device=self._device)
             parts = [layer.index_select(0, index).flatten(1) for layer in self._layers]
             rows = torch.cat(parts, dim=1)
-            content = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=True)
+            content = _pinned(rows.shape)
             content.copy_(rows, non_blocking=True)
             self._stream.synchronize()
         return content.numpy()
@@ -112,13 +112,17 @@ class DeviceMemory:
         with self._accelerator.stream(self._stream):
             self._stream.wait_event(self._computed)
             index = torch.tensor(blocks, device=self._device)
-            pinned = torch.empty(content.shape, dtype=torch.uint8, pin_memory=True)
+            pinned = _pinned(content.shape)
             np.copyto(pinned.numpy(), content)
             rows, end = pinned.to(self._device, non_blocking=True), 0
             for layer in self._layers:
                 begin, end = end, end + _row_bytes(layer)
                 layer.index_copy_(0, index, rows[:, begin:end].reshape(-1, *layer.shape[1:]))
             self._stream.synchronize()
+
+
+def _pinned(shape: Sequence[int]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
 def _row_bytes(layer: Any) -> int:

@@ -146,6 +146,11 @@ class SchedulerHalf:
                 visit.fetched_blocks = next(failed, len(blocks))
                 visit.took_us = max(1, round((time.monotonic() - visit.begun_s) * 1e6))
 
+    @property
+    def urgent(self) -> bool:
+        """Whether the other half must hear something even if there is no step to plan."""
+        return self._book.reset_pending
+
     def reset(self) -> None:
         """The server's prefix cache was emptied, since its weights have changed, say: nothing of before is given."""
         self._book.reset()
