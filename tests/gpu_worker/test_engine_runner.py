@@ -1,9 +1,14 @@
 """The engine's thread: what is asked of it is done in the order in which it is asked."""
 
+import asyncio
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mell_gpu_worker.core.events import PoolMeasured, StepFinished
+import pytest
+
+from mell_gpu_worker.core.events import EngineFailed, PoolMeasured, StepFinished
 from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.fake import FakeEngine
 from mell_gpu_worker.engine.options import EngineOptions
@@ -19,10 +24,13 @@ class NotingEngine(FakeEngine):
             EngineOptions(engine="fake", model=FAKE_MODEL, model_dir=Path(), kv_blocks=4, fake_step_us=1_000)
         )
         self.asked: list[str] = []
+        self.released = threading.Event()
+        self.released.set()
 
     def execute(self, rows: Sequence[StepRow]) -> StepResult:
         """Note it."""
         self.asked.append("step")
+        self.released.wait(60)
         return StepResult((), 0)
 
     def measure(self) -> PoolMeasured:
@@ -48,4 +56,28 @@ async def test_a_step_asked_for_after_a_rest_comes_after_it() -> None:
     assert engine.asked == ["rest", "step"]
     runner.wake()
     assert engine.asked[-1] == "wake"
+    thread.close()
+
+
+async def test_a_step_that_takes_too_long_is_a_failure() -> None:
+    """In words that name the setting."""
+    engine, thread = NotingEngine(), EngineThread()
+    engine.released.clear()
+    outcome = await EngineRunner(engine, thread, step_timeout_s=0.05).step([])
+    assert isinstance(outcome, EngineFailed)
+    assert "MELL_STEP_TIMEOUT_S" in outcome.message
+    engine.released.set()
+    thread.close()
+
+
+async def test_a_process_that_stood_still_gives_its_step_time_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine stood as well."""
+    monkeypatch.setattr("mell_gpu_worker.engine_runner.STOOD_STILL_S", 0.2)
+    engine, thread = NotingEngine(), EngineThread()
+    engine.released.clear()
+    step = asyncio.ensure_future(EngineRunner(engine, thread, step_timeout_s=1.0).step([]))
+    await asyncio.sleep(0)
+    time.sleep(1.5)  # noqa: ASYNC251 - the whole process does not run
+    asyncio.get_running_loop().call_later(0.2, engine.released.set)
+    assert isinstance(await step, StepFinished)
     thread.close()

@@ -9,10 +9,15 @@ from typing import Any, TypeVar
 from mell_gpu_worker.core.events import EngineAway, EngineFailed, PoolMeasured, StepFinished
 from mell_gpu_worker.core.step import StepResult, StepRow
 from mell_gpu_worker.engine.base import Engine, EngineAwayError, EngineError, PacedEngine
+from mell_shared.actor import STOOD_STILL_S
 
 T = TypeVar("T")
 _THREAD_NAME = "mell-engine"
 _Job = tuple[asyncio.Future[Any], Callable[[], Any]]
+
+
+class _StepTimeoutError(Exception):
+    """A step took too long."""
 
 
 class EngineThread:
@@ -73,7 +78,8 @@ def engine_thread_hangs(timeout_s: float = 1.0) -> bool:
 class EngineRunner:
     """An engine and the thread that its steps run on, unless they are instant.
 
-    A step that takes longer than `step_timeout_s` counts as a failure of the engine.
+    A step that takes longer than `step_timeout_s` counts as a failure of the engine; time in which the whole process
+    stood still does not.
     """
 
     def __init__(self, engine: Engine, thread: EngineThread, step_timeout_s: float) -> None:
@@ -92,13 +98,26 @@ class EngineRunner:
         return self._outcome(self._thread.begin(lambda: self._engine.execute(rows)))
 
     async def _outcome(self, step: "asyncio.Future[StepResult]") -> StepFinished | EngineFailed:
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._step_timeout_s
+
+        def expire() -> None:
+            nonlocal due_s, timer
+            if loop.time() - due_s > STOOD_STILL_S:
+                due_s = loop.time() + self._step_timeout_s
+                timer = loop.call_at(due_s, expire)
+            elif not step.done():
+                step.set_exception(_StepTimeoutError())
+
+        timer = loop.call_at(due_s, expire)
         try:
-            async with asyncio.timeout(self._step_timeout_s):
-                return StepFinished(await step)
+            return StepFinished(await step)
         except EngineError as error:
             return EngineFailed(str(error))
-        except TimeoutError:
+        except _StepTimeoutError:
             return EngineFailed(f"a step took longer than {self._step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)")
+        finally:
+            timer.cancel()
 
     async def _step_here(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
         try:

@@ -12,6 +12,7 @@ not wait for that.
 import hashlib
 import json
 import logging
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +149,27 @@ class MellConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 def _facts(vllm_config: Any, kv_cache_config: Any) -> Facts:
-    groups = kv_cache_config.kv_cache_groups
-    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    """Return what this server tells of itself; raises `ValueError` for what the connector does not know."""
+    transfer = vllm_config.kv_transfer_config
+    _check(vllm_config, kv_cache_config)
+    address = transfer.get_from_extra_config("address", f"tcp://127.0.0.1:{transfer.kv_port}")
+    for name in ("address", "bind"):
+        said = transfer.get_from_extra_config(name, address)
+        if not _is_address(said):
+            raise ValueError(f"{name} of MellConnector must be like tcp://10.0.0.5:5601, not {said!r}")
+    (group,) = kv_cache_config.kv_cache_groups
+    spec = group.kv_cache_spec
+    layout = json.dumps(_layout(vllm_config, kv_cache_config), default=str, sort_keys=True)
+    return Facts(
+        address=address,
+        layout=hashlib.blake2b(layout.encode(), digest_size=8).hexdigest(),
+        block_tokens=spec.block_size,
+        block_bytes=spec.page_size_bytes * len(group.layer_names) * vllm_config.parallel_config.world_size,
+    )
+
+
+def _check(vllm_config: Any, kv_cache_config: Any) -> None:
+    groups, parallel = kv_cache_config.kv_cache_groups, vllm_config.parallel_config
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
         raise ValueError("MellConnector knows models with full attention in every layer only: leave it out")
     if parallel.data_parallel_size != 1:
@@ -158,38 +178,33 @@ def _facts(vllm_config: Any, kv_cache_config: Any) -> Facts:
         raise ValueError("MellConnector does not know context parallelism: leave one of them out")
     if vllm_config.model_config.enable_sleep_mode:
         raise ValueError("MellConnector does not know sleep, which takes the KV's memory away: leave one of them out")
-    address = transfer.get_from_extra_config("address", f"tcp://127.0.0.1:{transfer.kv_port}")
-    for name in ("address", "bind"):
-        said = transfer.get_from_extra_config(name, address)
-        if not _is_address(said):
-            raise ValueError(f"{name} of MellConnector must be like tcp://10.0.0.5:5601, not {said!r}")
-    if transfer.kv_load_failure_policy != "recompute":
-        log.warning(
-            'set "kv_load_failure_policy" to "recompute": else requests fail whose KV is gone when it is fetched'
-        )
-    config = vllm_config.model_config.hf_config.to_diff_dict()
-    spec, model = groups[0].kv_cache_spec, vllm_config.model_config
-    layout = {
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        log.warning('set "kv_load_failure_policy" to "recompute": else requests fail whose KV is gone meanwhile')
+
+
+def _layout(vllm_config: Any, kv_cache_config: Any) -> dict[str, Any]:
+    """Return all that the bytes of a block depend on, beside its tokens."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    (group,) = kv_cache_config.kv_cache_groups
+    config = model.hf_config.to_diff_dict()
+    device = current_platform.device_type
+    return {
         "vllm": vllm.__version__,
-        "machine": [current_platform.device_type, torch.backends.cpu.get_cpu_capability()],
+        "device": device,
+        # On CPUs the kernels that write KV follow what the machine can do.
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability()] if device == "cpu" else [],
         "backend": str(vllm_config.attention_config.backend),
-        "model": transfer.get_from_extra_config("model", model.model),
+        "model": vllm_config.kv_transfer_config.get_from_extra_config("model", model.model),
         "revision": model.revision,
         "config": {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"},
         "length": model.max_model_len,
         "quantization": str(model.quantization),
         "dtypes": [str(model.dtype), str(vllm_config.cache_config.cache_dtype)],
-        "spec": str(spec),
-        "layers": groups[0].layer_names,
+        "spec": str(group.kv_cache_spec),
+        "layers": group.layer_names,
         "order": str(kv_cache_config.kv_cache_layout),
         "ranks": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
     }
-    return Facts(
-        address=address,
-        layout=hashlib.blake2b(json.dumps(layout, default=str, sort_keys=True).encode(), digest_size=8).hexdigest(),
-        block_tokens=spec.block_size,
-        block_bytes=spec.page_size_bytes * len(groups[0].layer_names) * parallel.world_size,
-    )
 
 
 def _is_address(address: object) -> bool:
