@@ -20,6 +20,26 @@ class _StepTimeoutError(Exception):
     """A step took too long."""
 
 
+class _Watch:
+    """Ends a step that takes too long, by the time in which the process ran."""
+
+    def __init__(self, step: "asyncio.Future[StepResult]", timeout_s: float) -> None:
+        self._step = step
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self.timer = self._begin()
+
+    def _begin(self) -> asyncio.TimerHandle:
+        due_s = self._loop.time() + self._timeout_s
+        return self._loop.call_at(due_s, self._expire, due_s)
+
+    def _expire(self, due_s: float) -> None:
+        if self._loop.time() - due_s > STOOD_STILL_S:
+            self.timer = self._begin()
+        elif not self._step.done():
+            self._step.set_exception(_StepTimeoutError())
+
+
 class EngineThread:
     """A thread that runs one job after another.
 
@@ -98,18 +118,7 @@ class EngineRunner:
         return self._outcome(self._thread.begin(lambda: self._engine.execute(rows)))
 
     async def _outcome(self, step: "asyncio.Future[StepResult]") -> StepFinished | EngineFailed:
-        loop = asyncio.get_running_loop()
-        due_s = loop.time() + self._step_timeout_s
-
-        def expire() -> None:
-            nonlocal due_s, timer
-            if loop.time() - due_s > STOOD_STILL_S:
-                due_s = loop.time() + self._step_timeout_s
-                timer = loop.call_at(due_s, expire)
-            elif not step.done():
-                step.set_exception(_StepTimeoutError())
-
-        timer = loop.call_at(due_s, expire)
+        watch = _Watch(step, self._step_timeout_s)
         try:
             return StepFinished(await step)
         except EngineError as error:
@@ -117,7 +126,7 @@ class EngineRunner:
         except _StepTimeoutError:
             return EngineFailed(f"a step took longer than {self._step_timeout_s:g} s (MELL_STEP_TIMEOUT_S)")
         finally:
-            timer.cancel()
+            watch.timer.cancel()
 
     async def _step_here(self, rows: Sequence[StepRow]) -> StepFinished | EngineFailed:
         try:
