@@ -131,7 +131,17 @@ def test_a_server_that_is_too_slow_is_given_up(giver: Giver, address: str, monke
 
 
 @pytest.mark.parametrize(
-    "frames", [[], [b"x"], [b"mell-kv/1", b"h"], [b"mell-kv/1", b"h\0\0\0\1", b"short"], [b"", b"", b""]]
+    "frames",
+    [
+        [],
+        [b"x"],
+        [b"mell-kv/1", b"h"],
+        [b"mell-kv/1", b"h\0\0\0\1", b"short"],
+        [b"mell-kv/1", b"x\0\0\0\1", b""],
+        [b"mell-kv/1", b"h\0\0\0\1", bytes(2 << 20)],
+        [b"", b"", b""],
+    ],
+    ids=["nothing", "a letter", "too few", "no digest", "another question", "too much", "empty"],
 )
 def test_nonsense_gets_no_answer_and_hurts_nobody(giver: Giver, address: str, frames: list[bytes]) -> None:
     """The next question is answered."""
