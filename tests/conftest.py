@@ -33,6 +33,7 @@ _MEASURED = (
     "scheduler/policy/",
     "scheduler/test_core_",
     "scheduler/test_journal",
+    "vllm_connector/test_content",
 )
 """Whose tests are held to the coverage of the pure packages."""
 
