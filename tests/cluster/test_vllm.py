@@ -16,6 +16,8 @@ from tests.ports import free_port
 
 pytestmark = pytest.mark.connected
 
+BLOCK_TOKENS = 16
+"""Of the stand-in's cache."""
 TOKENS, TOKEN_S = 400, 0.1
 """A stream of forty seconds: long enough for all that is to happen within it; its rest is then made in a hurry."""
 
@@ -153,6 +155,7 @@ def test_a_chat_moves_between_servers(
 
     By KV the server that it goes to is told where the other's connector is.
     """
+    chat.read(2 * BLOCK_TOKENS)  # a server's cache, and a connector, have whole blocks only
     here, sequence = holder(frontend, chat.id)
     (there,) = set(pairs) - {here}
     for target in (there, here):
@@ -161,10 +164,10 @@ def test_a_chat_moves_between_servers(
         chat.read(len(chat.text) + 10)
         told = pairs[target].worker.events("migration_committed")[-1]
         assert (told["mode"], told["copied_bytes"] > 0) == (mode, mode == "kv")
-        ids = [body for body in pairs[target].knobs()["bodies"] if body["max_tokens"] == 1][-1]
+        warm_up = [body for body in pairs[target].knobs()["bodies"] if body["max_tokens"] == 1][-1]
         (other,) = set(pairs) - {target}
         source = {"mell": {"from": f"tcp://127.0.0.1:{pairs[other].port}"}}
-        assert ids.get("kv_transfer_params") == (source if mode == "kv" else None)
+        assert warm_up.get("kv_transfer_params") == (source if mode == "kv" else None)
     assert not chat.done, "both moves were made in mid-stream"
     assert read_quickly(chat, pairs) == story
     assert chat.finish_reason == "length"
