@@ -277,6 +277,24 @@ def test_kv_is_fetched_where_the_source_says(server: FakeVllm, start_engine: Sta
     assert [body.get("kv_transfer_params") for body in server.seen.bodies] == [params, params]
 
 
+def test_what_was_fetched_is_said_though_more_is_wanted_meanwhile(server: FakeVllm, start_engine: StartEngine) -> None:
+    """Of a prefill whose end no look saw, since the sequence has grown: its target goes on from there."""
+    server.knobs.kv_address, server.knobs.token_s = "tcp://here:5601", 0.05
+    engine = start_engine()
+
+    def look(count: int) -> StepResult:
+        engine.wake()
+        return engine.execute([StepRow("s", LONGER, len(LONGER), 0, count, range(4), None, "tcp://there:5601")])
+
+    assert look(40).pending
+    work = engine._open["s"]
+    server.until(lambda: len(server.seen.bodies) == 1 and server.seen.running == 0)
+    while not work.ready:
+        time.sleep(0.001)
+    assert look(45).fetched == {0: Fetched(32, 32 * 64, 1000)}
+    assert look(45).fetched == {}
+
+
 def test_kv_that_cannot_be_fetched_is_computed(server: FakeVllm, start_engine: StartEngine) -> None:
     """Nothing is said of it."""
     server.knobs.kv_address, server.knobs.kv_refused = "tcp://here:5601", True

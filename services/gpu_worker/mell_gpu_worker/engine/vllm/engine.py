@@ -16,7 +16,7 @@ import structlog
 
 from mell_gpu_worker.core.capabilities import Capabilities
 from mell_gpu_worker.core.events import PoolMeasured
-from mell_gpu_worker.core.step import SampledToken, StepResult, StepRow
+from mell_gpu_worker.core.step import Fetched, SampledToken, StepResult, StepRow
 from mell_gpu_worker.engine.base import EngineAwayError, EngineError, EngineSpec
 from mell_gpu_worker.engine.options import EngineOptions
 from mell_gpu_worker.engine.vllm.loop import LoopThread
@@ -112,7 +112,7 @@ class VllmEngine:
             return None
         if isinstance(work, WarmUp):
             if work.fetched.tokens:
-                result.fetched[place] = work.fetched
+                result.fetched[place], work.fetched = work.fetched, Fetched()
             return None
         token = None
         if work.fresh:

@@ -26,6 +26,7 @@ class WarmUp:
     kv_source: str = ""
     """Where another server's connector may have them."""
     fetched: Fetched = field(default_factory=Fetched)
+    """From there, and not told to anybody yet; that of older ones for the same sequence, too."""
     ready: bool = False
     task: asyncio.Task[None] | None = None
     closed: bool = False
@@ -48,8 +49,8 @@ class WarmUps:
     def begin(self, ids: Sequence[int], tokens: int, kv_source: str, older: WarmUp | None) -> WarmUp:
         """Return one to be opened on the loop; it is ready at once if no block is full that was not in `older`."""
         whole = tokens - tokens % self._block_tokens if self._block_tokens else 0
-        known = len(older.ids) if older is not None else 0
-        return WarmUp(ids[:whole], tokens, time.monotonic(), kv_source, ready=whole <= known)
+        known, fetched = (0, Fetched()) if older is None else (len(older.ids), older.fetched)
+        return WarmUp(ids[:whole], tokens, time.monotonic(), kv_source, fetched, ready=whole <= known)
 
     def open(self, warm_up: WarmUp) -> None:
         """Begin; to be called on the loop."""
@@ -66,7 +67,7 @@ class WarmUps:
         try:
             body = warm_up_request(self._model, warm_up.ids, warm_up.kv_source)
             async with self._server.complete(body) as response:
-                warm_up.fetched = read_fetched(await json_of(response))
+                warm_up.fetched = warm_up.fetched.plus(read_fetched(await json_of(response)))
         except UNREACHABLE:
             # Then the sequence is computed when it runs; nothing is lost but time.
             pass
