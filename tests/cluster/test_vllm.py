@@ -158,16 +158,18 @@ def test_a_chat_moves_between_servers(
     chat.read(2 * BLOCK_TOKENS)  # a server's cache, and a connector, have whole blocks only
     here, sequence = holder(frontend, chat.id)
     (there,) = set(pairs) - {here}
-    for target in (there, here):
+    for target, source in ((there, here), (here, there)):
+        before = len(pairs[target].knobs()["bodies"])
         code, moved = mell(frontend, "migrate", sequence, "--to", target, "--mode", mode)
         assert (code, [move["state"] for move in moved["moves"]]) == (0, ["committed"])
         chat.read(len(chat.text) + 10)
         told = pairs[target].worker.events("migration_committed")[-1]
-        assert (told["mode"], told["copied_bytes"] > 0) == (mode, mode == "kv")
-        warm_up = [body for body in pairs[target].knobs()["bodies"] if body["max_tokens"] == 1][-1]
-        (other,) = set(pairs) - {target}
-        source = {"mell": {"from": f"tcp://127.0.0.1:{pairs[other].port}"}}
-        assert warm_up.get("kv_transfer_params") == (source if mode == "kv" else None)
+        assert told["mode"] == mode
+        asked = [body.get("kv_transfer_params") for body in pairs[target].knobs()["bodies"][before:]]
+        address = f"tcp://127.0.0.1:{pairs[source].port}"
+        # Sometimes it ends just where what the target has from the test before does: then there is nothing to fetch.
+        fetched = mode == "kv" and told["copied_bytes"] + told["prefilled_tokens"] > 0
+        assert (told["copied_bytes"] > 0, {"mell": {"from": address}} in asked) == (fetched, fetched)
     assert not chat.done, "both moves were made in mid-stream"
     assert read_quickly(chat, pairs) == story
     assert chat.finish_reason == "length"
