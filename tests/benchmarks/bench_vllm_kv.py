@@ -77,13 +77,7 @@ def workers(
     """A frontend, and a worker before each server."""
     with Stack(tmp_path_factory.mktemp("stack"), {**QUICK, "MELL_WORKER_SILENCE_S": "10"}) as stack:
         stack.start_scheduler().ready()
-        flags = ("--engine", "vllm", "--model", DEFAULT_MODEL)
-        made = {
-            name: stack.start("mell_gpu_worker", *flags, "--vllm-url", server.url, "--worker-name", name)
-            for name, server in servers.items()
-        }
-        for worker in made.values():
-            worker.ready(PATIENCE_S)
+        made = stack.start_before({name: server.url for name, server in servers.items()}, DEFAULT_MODEL, PATIENCE_S)
         frontend = stack.start_frontend("--admin-key", "secret", model=DEFAULT_MODEL)
         frontend.ready(PATIENCE_S)
         yield frontend, made

@@ -140,6 +140,17 @@ class Stack:
         limits = ["--max-model-len", "4096", "--kv-blocks", str(kv_blocks), "--fake-step-us", str(step_us)]
         return self.start("mell_gpu_worker", "--engine", "fake", "--worker-name", name, *limits, *flags)
 
+    def start_before(self, urls: Mapping[str, str], model: str, patience_s: float) -> dict[str, Service]:
+        """Start a worker of its name before the vLLM server at each of `urls`; return them once they are ready."""
+        flags = ("--engine", "vllm", "--model", model)
+        workers = {
+            name: self.start("mell_gpu_worker", *flags, "--vllm-url", url, "--worker-name", name)
+            for name, url in urls.items()
+        }
+        for worker in workers.values():
+            worker.ready(patience_s)
+        return workers
+
     def start_frontend(self, *flags: str, model: str = "fake") -> Service:
         """Start a frontend on a free port."""
         return self.start("mell_frontend", "--models", model, "--port", "0", *flags)

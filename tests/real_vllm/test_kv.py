@@ -17,7 +17,7 @@ import mell_vllm_connector
 from mell_shared.models import DEFAULT_MODEL
 from mell_vllm_connector.content import extend_digests, root_digest
 from mell_vllm_connector.exchange import count_held, take
-from tests.cluster.stack import QUICK, Service, Stack, eventually
+from tests.cluster.stack import QUICK, Stack, eventually
 from tests.cluster.test_operators import holder, mell
 from tests.vllm_process import PYTHON, VllmProcess
 
@@ -210,13 +210,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def test_a_stream_moves_by_kv(stack: Stack, servers: dict[str, VllmProcess]) -> None:
     """There and back in mid-stream: the text of a server alone, and next to nothing is computed again."""
-    flags = ("--engine", "vllm", "--model", DEFAULT_MODEL)
-    workers: dict[str, Service] = {
-        name: stack.start("mell_gpu_worker", *flags, "--vllm-url", server.url, "--worker-name", name)
-        for name, server in servers.items()
-    }
-    for worker in workers.values():
-        worker.ready(PATIENCE_S)
+    workers = stack.start_before({name: server.url for name, server in servers.items()}, DEFAULT_MODEL, PATIENCE_S)
     frontend = stack.start_frontend("--admin-key", "secret", model=DEFAULT_MODEL)
     url = frontend.ready(PATIENCE_S)["url"]
     with httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:

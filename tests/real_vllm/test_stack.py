@@ -38,14 +38,7 @@ def servers(real_vllm: VllmProcess, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def workers(stack: Stack, servers: dict[str, VllmProcess]) -> dict[str, Service]:
     """A worker before each server."""
-    flags = ("--engine", "vllm", "--model", DEFAULT_MODEL)
-    made = {
-        name: stack.start("mell_gpu_worker", *flags, "--vllm-url", server.url, "--worker-name", name)
-        for name, server in servers.items()
-    }
-    for worker in made.values():
-        worker.ready(PATIENCE_S)
-    return made
+    return stack.start_before({name: server.url for name, server in servers.items()}, DEFAULT_MODEL, PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
